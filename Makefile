@@ -1,0 +1,67 @@
+# `make test` and `make demo` set up everything they need in .venv; there is no other step.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+LAYERS := cli pipeline storage tasks
+# A folder in which the package looks as it is imported: editable installs hide the layout of the tree from mypy.
+FARM := build/typing/mergepipe
+# mergekit is what our results are compared with, never a dependency: it has an environment of its own.
+RIVAL := .venv-mergekit
+
+.PHONY: help test test-all test-mergekit demo lint format types docs bench check clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mergepipe needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test,lint]'
+	touch $@
+
+test: $(READY)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(READY)  ## all tests
+	$(BIN)/python -m pytest -m '' $(ARGS)
+
+$(RIVAL)/ready:
+	$(PYTHON) -m venv $(RIVAL)
+	$(RIVAL)/bin/python -m pip install --quiet --upgrade pip
+	$(RIVAL)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(RIVAL)/bin/python -m pip install --quiet mergekit==0.1.5
+	touch $@
+
+test-mergekit: $(READY) $(RIVAL)/ready  ## compare with mergekit 0.1.5, recipe by recipe
+	MERGEPIPE_MERGEKIT_PYTHON=$(CURDIR)/$(RIVAL)/bin/python $(BIN)/python -m pytest -m '' tests/oracle $(ARGS)
+
+demo: $(READY)  ## train a small base and experts, merge them, print accuracy per task
+	$(BIN)/mergepipe demo $(ARGS)
+
+lint: $(READY)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)  ## mypy --strict
+	rm -rf $(FARM)
+	mkdir -p $(FARM)
+	ln -s $(foreach layer,$(LAYERS),$(CURDIR)/$(layer)) $(wildcard $(CURDIR)/src/mergepipe/*.py) $(CURDIR)/src/mergepipe/py.typed $(FARM)
+	MYPYPATH=build/typing $(BIN)/mypy --cache-dir build/typing/cache -p mergepipe
+
+docs: $(READY)  ## what the documentation says about commands, methods and the tree is so
+	$(BIN)/python -m pytest -q tests/test_repo tests/test_cli/test_help.py $(ARGS)
+
+bench: $(READY)  ## the benchmarks at full size
+	for bench in $(basename $(notdir $(wildcard benchmarks/bench_*.py))); do \
+	  echo "== $$bench"; $(BIN)/python -m benchmarks.$$bench $(ARGS) || exit 1; \
+	done
+
+check: test lint types  ## what .ci/run runs
+
+clean:  ## remove the environment, caches and build folders
+	rm -rf .venv $(RIVAL) build mergepipe.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

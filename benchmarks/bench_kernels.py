@@ -1,0 +1,179 @@
+"""The arithmetic alone, on one thread and in memory: nanoseconds per element of each stage of a merge.
+
+The yardsticks, in the same run: the memory roof, which is the exclusive or of the same bf16 streams written to one
+output, for everything that maps inputs to an output; and `torch.topk` of the magnitudes of one float32 delta for the
+exact threshold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numba
+import numpy as np
+
+from benchmarks.report import Report, common_options
+from mergepipe.tasks import convert
+from mergepipe.tasks.method import BLOCK_ELEMENTS, Accumulator, Array, Job, State, Tile
+from mergepipe.tasks.registry import METHODS
+
+
+@numba.njit(nogil=True)
+def _xor(streams: tuple[Array, ...], out: Array) -> None:
+    for i in range(out.size):
+        value = streams[0][i]
+        for k in range(1, len(streams)):
+            value ^= streams[k][i]
+        out[i] = value
+
+
+class Merge:
+    """One bf16 tensor of a base and K models in memory, merged tile by tile as a run does it."""
+
+    def __init__(self, method: str, streams: list[Array], density: float) -> None:
+        self.method = METHODS[method]
+        self.streams = streams if self.method.base == "required" else streams[1:]
+        models = len(streams) - 1
+        shared = {p.name: p.default for p in self.method.parameters if not p.per_model}
+        own = {p.name: p.default for p in self.method.parameters if p.per_model} | {"weight": 0.5}
+        trim = tuple({"density": density, "rescale": "none", "tie_rule": "keep"} for _ in range(models))
+        self.job = Job(
+            "w", streams[0].shape, models, np.dtype(np.float32), shared, (own,) * models, self.method.trim,
+            () if self.method.trim == "none" else trim,
+        )  # fmt: skip
+        self.state: State = {}
+        self.base = np.empty(BLOCK_ELEMENTS, np.float32)
+        self.values = np.empty((models, BLOCK_ELEMENTS), np.float32)
+        self.scratch = np.empty((self.method.scratch_rows, BLOCK_ELEMENTS), np.float32)
+        self.merged = np.empty(BLOCK_ELEMENTS, np.float32)
+        self.out = np.empty_like(streams[0])
+
+    def decode(self) -> None:
+        """Decode every tile and do nothing with it."""
+        for index in range(self.out.size // BLOCK_ELEMENTS):
+            self._tile(index)
+
+    def reduce(self) -> None:
+        """All sweeps: exact thresholds, where the method takes them."""
+        self.state = {}
+        for reduction in self.method.reductions(self.job):
+            if not reduction.needed(self.job, self.state):
+                continue
+            counts, row = reduction.shapes(self.job)
+            collected = Accumulator(
+                None if counts is None else np.zeros(counts, np.int64),
+                None if row is None else np.zeros((self.out.size // BLOCK_ELEMENTS, *row)),
+            )
+            for index in range(self.out.size // BLOCK_ELEMENTS):
+                reduction.update(self.job, self.state, collected, self._tile(index))
+            self.state |= reduction.combine(self.job, self.state, collected)
+
+    def apply(self) -> None:
+        """Decode, kernel, encode."""
+        for index in range(self.out.size // BLOCK_ELEMENTS):
+            tile = self._tile(index)
+            self.method.kernel(self.job, self.state, tile, self.merged)
+            convert.encode(self.merged, "BF16", self.out[tile.start : tile.start + BLOCK_ELEMENTS])
+
+    def _tile(self, index: int) -> Tile:
+        part = slice(index * BLOCK_ELEMENTS, (index + 1) * BLOCK_ELEMENTS)
+        if self.method.base != "required":
+            for row, stream in zip(self.values, self.streams, strict=True):
+                convert.decode(stream[part], "BF16", row)
+            return Tile(index, part.start, None, self.values, self.scratch)
+        convert.decode(self.streams[0][part], "BF16", self.base)
+        for row, stream in zip(self.values, self.streams[1:], strict=True):
+            convert.decode_delta(stream[part], "BF16", self.base, row)
+        return Tile(index, part.start, self.base, self.values, self.scratch)
+
+
+def random_streams(size: int, models: int) -> list[Array]:
+    """A base and its fine-tunes as bf16 bits."""
+    draw = np.random.default_rng(0)
+    base = draw.standard_normal(size, np.float32) * np.float32(0.02)
+    return [
+        _bits(base),
+        *(_bits(base + draw.standard_normal(size, np.float32) / np.float32(1000)) for _ in range(models)),
+    ]
+
+
+def _bits(values: Array) -> Array:
+    out = np.empty(values.size, np.uint16)
+    convert.encode(values, "BF16", out)
+    return out
+
+
+def nanoseconds(work: Callable[[], Any], elements: int, repeats: int) -> list[float]:
+    """Time of `work` per element, after one call that is not timed."""
+    work()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(1e9 * (time.perf_counter() - began) / elements)
+    return times
+
+
+@click.command()
+@click.option("--blocks", default=256, show_default=True, help="Tensor size in blocks of 65,536 elements.")
+@click.option("--models", default=3, show_default=True)
+@click.option("--density", default=0.2, show_default=True)
+@click.option("--repeats", default=5, show_default=True)
+@common_options
+def main(
+    blocks: int, models: int, density: float, repeats: int, quick: bool, json_path: Path | None, folder: Path | None
+) -> None:
+    """Time decoding, thresholds and kernels on one thread; --folder is accepted and not needed."""
+    blocks, repeats = (4, 1) if quick else (blocks, repeats)
+    report = Report("kernels", {"blocks": blocks, "models": models, "density": density, "repeats": repeats})
+    size = blocks * BLOCK_ELEMENTS
+    streams = random_streams(size, models)
+    report_roofed(report, streams, density, repeats)
+    report_threshold(report, streams, density, repeats)
+    report.save(json_path)
+
+
+def report_roofed(report: Report, streams: list[Array], density: float, repeats: int) -> None:
+    """Everything that maps inputs to an output, against the memory roof."""
+    out = np.empty_like(streams[0])
+    roofs = {}
+    for count in (len(streams) - 1, len(streams)):
+        times = nanoseconds(partial(_xor, tuple(streams[:count]), out), out.size, repeats)
+        roofs[count] = report.add(f"memory roof, xor of {count} streams", times, "ns")
+    for name in ("linear", "task_arithmetic", "ties"):
+        merge = Merge(name, streams, density)
+        merge.reduce()
+        roof = roofs[len(merge.streams)]
+        decoded = report.add(f"{name}: decode", nanoseconds(merge.decode, out.size, repeats), "ns")
+        whole = report.add(f"{name}: decode, kernel, encode", nanoseconds(merge.apply, out.size, repeats), "ns")
+        report.add(f"{name}: kernel and encode (difference)", whole - decoded, "ns")
+        report.add(f"{name}: decode, kernel, encode / memory roof", whole / roof, "x")
+
+
+def report_threshold(report: Report, streams: list[Array], density: float, repeats: int) -> None:
+    """The exact threshold of one delta, decoding included, against torch on a float32 delta that lies in memory."""
+    import torch
+
+    merge = Merge("ties", streams[:2], density)
+    size = merge.out.size
+    ours = report.add("exact threshold of one delta", nanoseconds(merge.reduce, size, repeats), "ns")
+    base, other = np.empty(size, np.float32), np.empty(size, np.float32)
+    convert.decode(streams[0], "BF16", base)
+    convert.decode_delta(streams[1], "BF16", base, other)
+    magnitudes = torch.from_numpy(np.abs(other))
+    k = max(1, int(density * size))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    theirs = nanoseconds(lambda: torch.topk(magnitudes, k, sorted=False), size, min(repeats, 2))
+    torch.set_num_threads(threads)
+    assert float(torch.topk(magnitudes, k).values[-1]) == float(merge.state["thresholds"][0]), "thresholds differ"
+    report.add("torch.topk / exact threshold", report.add("torch.topk of one delta", theirs, "ns") / ours, "x")
+
+
+if __name__ == "__main__":
+    main()

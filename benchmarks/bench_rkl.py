@@ -1,0 +1,115 @@
+"""SCF-RKL on one thread and in memory: nanoseconds per element of its row statistics, its sweeps and its kernel.
+
+The yardstick, in the same run, is the copy of the same bfloat16 bytes: what a sweep reads and, for the kernel, what it
+writes. Rows are as wide as those of common matrices, and as a vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+
+from benchmarks.bench_kernels import nanoseconds, random_streams
+from benchmarks.report import Report, common_options
+from mergepipe.tasks import convert, rows
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, block_bounds
+from mergepipe.tasks.registry import METHODS
+
+
+class Fusion:
+    """A bf16 primary and its donors in memory, of one shape, fused tile by tile as a run does it."""
+
+    def __init__(self, streams: list[Array], shape: tuple[int, ...], importance: str) -> None:
+        self.method, self.streams, donors = METHODS["scf_rkl"], streams, len(streams) - 1
+        params = {p.name: p.default for p in self.method.parameters} | {"importance": importance}
+        self.job = Job("w", shape, donors, np.dtype(np.float32), params, ({},) * donors)
+        self.state: State = {}
+        longest = block_bounds(shape, 0)[1]
+        self.base = np.empty(longest, np.float32)
+        self.values = np.empty((donors, longest), np.float32)
+        self.scratch = np.empty((self.method.scratch_rows, longest), np.float32)
+        self.merged = np.empty(longest, np.float32)
+        self.out = np.empty_like(streams[0])
+
+    def sweep(self, reduction: Reduction) -> None:
+        """One sweep, whatever the state says."""
+        counts, row = reduction.shapes(self.job)
+        collected = Accumulator(
+            None if counts is None else np.zeros(counts, np.int64),
+            None if row is None else np.zeros((self.job.blocks, *row)),
+        )
+        for index in range(self.job.blocks):
+            reduction.update(self.job, self.state, collected, self.tile(index))
+        self.found = reduction.combine(self.job, self.state, collected)
+
+    def apply(self) -> None:
+        """Decode, kernel, encode."""
+        for index in range(self.job.blocks):
+            tile = self.tile(index)
+            n = tile.values.shape[1]
+            self.method.kernel(self.job, self.state, tile, self.merged[:n])
+            convert.encode(self.merged[:n], "BF16", self.out[tile.start : tile.start + n])
+
+    def tile(self, index: int) -> Tile:
+        """One block, decoded."""
+        start, stop = block_bounds(self.job.shape, index)
+        n, donors = stop - start, self.job.models
+        values = self.values.reshape(-1)[: donors * n].reshape(donors, n)
+        scratch = self.scratch.reshape(-1)[: self.method.scratch_rows * n].reshape(-1, n)
+        convert.decode(self.streams[0][start:stop], "BF16", self.base[:n])
+        for row, stream in zip(values, self.streams[1:], strict=True):
+            convert.decode(stream[start:stop], "BF16", row)
+        return Tile(index, start, self.base[:n], values, scratch)
+
+
+@click.command()
+@click.option("--size", default=2**24, show_default=True, help="Elements of a tensor.")
+@click.option("--donors", default=1, show_default=True)
+@click.option("--repeats", default=5, show_default=True)
+@common_options
+def main(size: int, donors: int, repeats: int, quick: bool, json_path: Path | None, folder: Path | None) -> None:
+    """Time row statistics, sweeps and the kernel of SCF-RKL; --folder is accepted and not needed."""
+    size, repeats = (2**18, 1) if quick else (size, repeats)
+    report = Report("rkl", {"size": size, "donors": donors, "repeats": repeats})
+    streams = random_streams(size, donors)
+    report_rows(report, streams, repeats)
+    copies = np.empty_like(streams[0])
+    copy = report.add(
+        "copy of one bf16 tensor", nanoseconds(partial(np.copyto, copies, streams[0]), size, repeats), "ns"
+    )
+    for width in (4096, size // 2):
+        for importance in ("delta_kl", "pointwise"):
+            report_merge(report, Fusion(streams, (size // width, width), importance), copy, repeats)
+    report.save(json_path)
+
+
+def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
+    """The row divergence alone, on decoded blocks that lie in the cache."""
+    a, b = (np.empty(2**16, np.float32) for _ in range(2))
+    for bits, values in zip(streams, (a, b), strict=False):
+        convert.decode(bits[: a.size], "BF16", values)
+    for width in (64, 1024, 4096, 2**16):
+        out = np.empty((a.size // width, 1))
+        measure = partial(rows.measure_rows, a, b, width, 1.0, 0.0, out)
+        times = nanoseconds(lambda measure=measure: [measure() for _ in range(16)], 16 * a.size, repeats)  # type: ignore[misc]
+        report.add(f"row divergence, rows of {width}", times, "ns")
+
+
+def report_merge(report: Report, fusion: Fusion, copy: float, repeats: int) -> None:
+    """Every sweep of a merge and its kernel, decoding included."""
+    size, width = fusion.job.size, fusion.job.shape[-1]
+    what = f"{fusion.job.params['importance']}, rows of {width}"
+    total = 0.0
+    for reduction in fusion.method.reductions(fusion.job):
+        times = nanoseconds(partial(fusion.sweep, reduction), size, repeats)
+        total += report.add(f"{what}: {reduction.name}", times, "ns")
+        fusion.state = fusion.state | fusion.found
+    total += report.add(f"{what}: kernel", nanoseconds(fusion.apply, size, repeats), "ns")
+    report.add(f"{what}: whole merge / copy of one input", total / copy, "x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The disk without us: reading the inputs and writing the output, in 8 MiB pieces, and doing nothing else."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from benchmarks.data import drop_from_cache
+
+PIECE = 8 << 20
+_PAGE = 4096
+
+
+def io_alone(inputs: Sequence[Path], output: Path, nbytes: int, *, direct: bool, threads: int = 2) -> float:
+    """Seconds to read every byte of `inputs`, cold, and to write and sync `nbytes` to `output`, which is removed.
+
+    Reads and writes take turns, as in a merge.
+
+    Parameters
+    ----------
+    inputs : sequence of Path
+        Dropped from the page cache first.
+    output : Path
+        A new file; it is allocated before the clock starts, as a merge allocates its output.
+    nbytes : int
+    direct : bool
+        Past the page cache (O_DIRECT) or through it.
+    threads : int
+
+    Raises
+    ------
+    OSError
+        If the file system knows no O_DIRECT.
+    """
+    drop_from_cache(list(inputs))
+    flag = os.O_DIRECT if direct else 0
+    size = -(-nbytes // _PAGE) * _PAGE
+    with ExitStack() as stack:
+        stack.callback(lambda: output.unlink(missing_ok=True))
+        sources = [_open(stack, path, os.O_RDONLY | flag) for path in inputs]
+        target = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_EXCL | flag)
+        os.posix_fallocate(target, 0, size)
+        local = threading.local()
+        began = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(_move, local, *job) for job in _jobs(sources, target, size)]:
+                done.result()
+        os.fdatasync(target)
+        return time.perf_counter() - began
+
+
+def fastest_io(inputs: Sequence[Path], output: Path, nbytes: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of `io_alone` through the page cache and, where it works, past it; each `repeats` times."""
+    times = {"through the page cache": [io_alone(inputs, output, nbytes, direct=False) for _ in range(repeats)]}
+    # tmpfs and some network file systems refuse O_DIRECT: then the other figure stands alone.
+    with suppress(OSError):
+        times["past the page cache"] = [io_alone(inputs, output, nbytes, direct=True) for _ in range(repeats)]
+    return times
+
+
+def _open(stack: ExitStack, path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags, 0o600)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _jobs(sources: Sequence[int], target: int, size: int) -> list[tuple[bool, int, int, int]]:
+    """(is a write, descriptor, offset, length), with the writes spread evenly among the reads."""
+    reads = []
+    ends = [os.fstat(source).st_size for source in sources]
+    for offset in range(0, max(ends), PIECE):
+        reads += [(False, s, offset, PIECE) for s, end in zip(sources, ends, strict=True) if offset < end]
+    writes = [(True, target, offset, min(PIECE, size - offset)) for offset in range(0, size, PIECE)]
+    places = [(i + 1) * len(reads) / len(writes) for i in range(len(writes))]
+    keyed = [*((float(i), job) for i, job in enumerate(reads)), *zip(places, writes, strict=True)]
+    return [job for _, job in sorted(keyed, key=lambda item: item[0])]
+
+
+def _move(local: threading.local, is_write: bool, descriptor: int, offset: int, length: int) -> None:
+    if not hasattr(local, "buffer"):
+        # Anonymous maps are page-aligned, which O_DIRECT asks for; one per thread, used again and again.
+        local.buffer = mmap.mmap(-1, PIECE)
+    view = memoryview(local.buffer)[:length]
+    if is_write:
+        os.pwritev(descriptor, [view], offset)
+    else:
+        os.preadv(descriptor, [view], offset)

@@ -1,0 +1,92 @@
+"""What every benchmark prints and saves: figures with their units, the versions and the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+_LIBRARIES = ("mergepipe", "numpy", "numba", "dask", "zarr", "torch", "safetensors", "ml_dtypes")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a report: the median of some repeats, and their range."""
+
+    name: str
+    value: float
+    unit: str
+    low: float
+    high: float
+
+
+@dataclass
+class Report:
+    """The figures of one benchmark, printed as they come in.
+
+    Attributes
+    ----------
+    benchmark : str
+    settings : dict
+        What the figures depend on: sizes, repeats.
+    figures : list of Figure
+    """
+
+    benchmark: str
+    settings: dict[str, Any]
+    figures: list[Figure] = field(default_factory=list)
+
+    def add(self, name: str, values: float | Sequence[float], unit: str) -> float:
+        """Add and print a figure; its median is returned."""
+        listed = [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
+        median = statistics.median(listed)
+        self.figures.append(Figure(name, median, unit, min(listed), max(listed)))
+        spread = f"   ({min(listed):.4g} to {max(listed):.4g})" if len(listed) > 1 else ""
+        click.echo(f"{name:<58} {median:>10.4g} {unit}{spread}")
+        return median
+
+    def save(self, path: Path | None) -> None:
+        """Write everything as JSON, if a path is given."""
+        if path is not None:
+            path.write_text(json.dumps({**asdict(self), "versions": versions(), "machine": machine()}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The processor, how many of it, and the memory."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"processor": model, "processors": len(os.sched_getaffinity(0)), "memory_bytes": memory}
+
+
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``--quick``, ``--json`` and ``--folder``, which every benchmark has."""
+    options = (
+        click.option("--quick", is_flag=True, help="A size that only shows that the benchmark works."),
+        click.option("--json", "json_path", type=click.Path(path_type=Path), help="Save the figures here as JSON."),
+        click.option(
+            "--folder", type=click.Path(path_type=Path, file_okay=False), help="Where the temporary data goes."
+        ),
+    )
+    for option in options:
+        command = option(command)
+    return command

@@ -1,0 +1,142 @@
+"""The command `mergepipe`: finds the commands, turns errors into messages and exit codes, sets up the log."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+import click
+
+import mergepipe
+from mergepipe.cli.options import verbose_option
+from mergepipe.errors import DiskFullError, Interrupted, MergepipeError
+
+COMMANDS = {
+    "init": "mergepipe.cli.init",
+    "build": "mergepipe.cli.build",
+    "run": "mergepipe.cli.run",
+    "plan": "mergepipe.cli.plan",
+    "status": "mergepipe.cli.status",
+    "verify": "mergepipe.cli.verify",
+    "clean": "mergepipe.cli.clean",
+    "inspect": "mergepipe.cli.inspect",
+    "methods": "mergepipe.cli.methods",
+    "materialize": "mergepipe.cli.materialize",
+    "demo": "mergepipe.cli.demo",
+}
+"""Command to the module whose `command` it is, in the order of the help."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports the module of a command when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, as the help lists them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command `cmd_name`, with ``-v`` among its options, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(COMMANDS[cmd_name]).command
+        if not any(option.name == "verbose" for option in command.params):
+            command.params.append(verbose_option())
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that `args` start with; an unknown one is answered with the nearest names."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = get_close_matches(args[0], COMMANDS)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command '{args[0]}'. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; turn what it raises on purpose into a message and an exit code.
+
+        This has to happen inside of click, which takes any EOFError (such as our ShortReadError) for an interruption
+        and any broken pipe for a failure.
+        """
+        try:
+            return super().invoke(ctx)
+        except MergepipeError as error:
+            show_error(error)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # Whoever read our stdout has seen enough (`mergepipe plan | head`). Python flushes it once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            show_error(error)
+            ctx.exit(DiskFullError.exit_code)
+
+
+@click.command(
+    cls=LazyGroup,
+    params=[verbose_option()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 memory or disk, "
+    "6 something in the way or changed, 7 damage found, 130 interrupted.",
+)
+@click.version_option(mergepipe.__version__, prog_name="mergepipe")
+def group() -> None:
+    """Merge large model checkpoints out of core.
+
+    Two commands are a merge: `build` checks everything and writes a plan, `run` does what the plan says.
+
+    \b
+    Example:
+      mergepipe init --method ties     # writes mergepipe.yaml: fill in your models
+      mergepipe build && mergepipe run
+    """
+
+
+def show_error(error: BaseException) -> None:
+    """Print `error` on stderr as ``error: message``, its notes and nothing else."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    click.echo("error: " + "\n       ".join(lines), err=True)
+    for note in getattr(error, "__notes__", ()):
+        click.echo(f"       {note}", err=True)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    args : sequence of str, optional
+        The arguments without the program's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        The exit code: that of the error's class for errors of mergepipe, whose message goes to stderr; 1 with a
+        traceback for everything unforeseen.
+
+    Examples
+    --------
+    >>> main(["methods", "--help"])  # doctest: +ELLIPSIS
+    Usage: mergepipe methods ...
+    0
+    """
+    try:
+        outcome = group.main(args=args, prog_name="mergepipe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        return Interrupted.exit_code
+    except Exception:
+        traceback.print_exc()
+        return MergepipeError.exit_code
+    return outcome if isinstance(outcome, int) else 0

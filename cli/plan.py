@@ -1,0 +1,119 @@
+"""`mergepipe plan`: what will be done, in full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergepipe.cli.inspect import print_table
+from mergepipe.cli.options import json_option, print_json, show_bytes, show_count, show_shape, work_option
+
+if TYPE_CHECKING:
+    from mergepipe.pipeline.plan import Plan
+
+
+@click.command("plan")
+@work_option
+@click.option(
+    "--graph", type=click.Path(dir_okay=False, path_type=Path), help="Draw the Dask graph of one bundle (SVG)."
+)
+@json_option
+def command(work: str, graph: Path | None, as_json: bool) -> None:
+    """Show the plan, tensor by tensor.
+
+    The method, passes over the inputs, units, bytes and memory of each.
+
+    \b
+    Example:
+      mergepipe plan
+      mergepipe plan --graph bundle.svg
+    """
+    from mergepipe.pipeline.plan import Plan
+    from mergepipe.pipeline.summary import summarize, tensor_rows
+    from mergepipe.storage.workspace import Workspace
+
+    plan = Plan.from_json(Workspace(Path(work)).read_plan())
+    summary, rows = summarize(plan), tensor_rows(plan)
+    if graph is not None:
+        graph.write_text(_picture(plan), encoding="utf-8")
+    if as_json:
+        print_json(summary | {"per_tensor": rows})
+        return
+    print_summary(summary)
+    for note in summary["notes"]:
+        click.echo(f"note      {note}")
+    click.echo()
+    head = ("tensor", "shape", "dtype", "method", "passes", "units", "read", "write", "memory")
+    print_table(head, [_cells(row) for row in rows])
+    if graph is not None:
+        click.echo(f"\nthe graph of one bundle is drawn in {graph}")
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print what `mergepipe.pipeline.summary.summarize` found, in a few lines on stdout."""
+    click.echo(f"plan      {summary['id']}")
+    width = max(len(model["label"]) for model in summary["models"])
+    for model in summary["models"]:
+        kind = "copied" if model["store"] == "copy" else "virtual"
+        click.echo(
+            f"{model['role']:8}  {model['label']:{width}}  {model['tensors']} tensors, {show_bytes(model['nbytes'])}; "
+            f"{kind} zarr, {show_bytes(model['copied_bytes'])} ({model['why']})"
+        )
+    beside = sum(map(len, summary["side"].values()))
+    kept = f", {beside} kept beside the merge" if beside else ""
+    click.echo(
+        f"tensors   {summary['merged']} merged, {summary['copied']} copied{kept}; "
+        f"{show_count(summary['parameters'])} parameters"
+    )
+    click.echo(f"methods   {', '.join(f'{name} ({count})' for name, count in summary['methods'].items()) or 'none'}")
+    click.echo(
+        f"read      {show_bytes(summary['input_bytes'])}, "
+        f"{show_bytes(summary['requested_bytes'])} in all passes (up to {summary['sweeps']} over a tensor)"
+    )
+    files = f"{summary['shards']} file{'s' * (summary['shards'] != 1)}"
+    click.echo(f"write     {show_bytes(summary['output_bytes'])} in {files} to {summary['output']}")
+    projected, allowed = show_bytes(summary["projected_bytes"]), show_bytes(summary["allowed_bytes"])
+    click.echo(f"memory    {projected} projected at the peak, {allowed} allowed")
+    click.echo(f"disk      {show_bytes(summary['disk_bytes'])} needed")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    method = row["method"] or "copied"
+    return (
+        row["name"],
+        show_shape(tuple(row["shape"])),
+        row["dtype"],
+        method if row["sparsify"] == "none" else f"{row['sparsify']} + {method}",
+        str(len(row["sweeps"]) + 1),
+        str(row["units"]),
+        show_bytes(row["bytes_read"]),
+        show_bytes(row["bytes_written"]),
+        show_bytes(row["projected_bytes"]),
+    )
+
+
+class _Stages:
+    """The stages of a tensor that is drawn and not run."""
+
+    def __init__(self, sweeps: Any, units: Any, steps: Any) -> None:
+        self.sweeps = sweeps
+        self.steps = steps
+        self.sweep_units = self.units = units
+
+    def reduce(self, *_: object) -> None:
+        """Stands for a node."""
+
+    combine = apply = take_step = reduce
+
+
+def _picture(plan: Plan) -> str:
+    """SVG of the graph of the tensor that has most nodes."""
+    from mergepipe.pipeline.draw import draw_graph
+    from mergepipe.pipeline.graph import tensor_graph
+    from mergepipe.pipeline.summary import scheduled
+
+    item = max(scheduled(plan), key=lambda item: item.tasks)
+    stages = _Stages(item.sweeps, item.units, item.steps)
+    return draw_graph(item.tensor.name, tensor_graph(item.tensor.name, stages, stages.apply), item.sweeps)

@@ -1,0 +1,18 @@
+"""Decides: from a recipe to a plan, from a plan to Dask graphs, and through them to a merged checkpoint.
+
+What it covers
+--------------
+:mod:`~mergepipe.pipeline.document` reads YAML that nobody vouches for into plain values, within limits.
+:mod:`~mergepipe.pipeline.recipe` holds a recipe, typed and checked, and says what it asks for each tensor; the checks
+themselves are in :mod:`~mergepipe.pipeline.parsing`, the values that vary over layers or tensor names in
+:mod:`~mergepipe.pipeline.values`. :mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers.
+From there the plan, its memory, its graphs and the run follow.
+
+Everything up to the plan is a function of the recipe and of headers: no byte of a tensor is read before `run`, and
+whatever is wrong with a recipe or a set of checkpoints is found, and reported all at once, before any work is done.
+
+What it does not cover
+----------------------
+No arithmetic (that is :mod:`mergepipe.tasks`), no file format (:mod:`mergepipe.storage`), and no word on a screen:
+progress is events, and the command line is one listener.
+"""

@@ -1,0 +1,408 @@
+"""Which tensor of which model goes into which tensor of the output: decided from headers alone.
+
+The output has the tensors of the base (of the first model where there is no base), in the order of its files. Every
+model has to have each of them, in the same shape and of the same kind, and no other; what does not fit is an error that
+names the tensor, the models and the remedy, all of them at once. There are four exceptions, each noted: a tensor that a
+rule passes through, heads where the recipe says `heads`, the stored twin of a tied embedding, and buffers that models
+compute for themselves. Nothing else is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergepipe.errors import CheckpointError, TensorMismatchError
+from mergepipe.pipeline.recipe import ModelSpec, Recipe
+from mergepipe.storage.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from mergepipe.storage.checkpoint import Checkpoint, TensorEntry
+
+MAX_PROBLEMS = 20
+
+HEADS = frozenset(
+    {"classifier", "score", "head", "heads", "lm_head", "qa_outputs", "classification_head", "pre_classifier", "cls"}
+    | {"cls_classifier", "distillation_classifier", "embed_out"}
+)
+"""Parts of a dotted name that make a tensor a head, where no number of a layer stands before them."""
+
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
+_CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
+_POSITIONS = re.compile(r"(^|\.)position_ids$")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_scale_inv|weight_scale|input_scale|SCB|absmax|quant_map|nested_absmax"
+    r"|quant_state\.\w+)$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedTensor:
+    """One tensor of the output and where it comes from. Every index is a position in `Recipe.sources`.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    dtype : str
+        Safetensors name, as stored in the checkpoint `source`; what the recipe says of dtypes is not in it.
+    action : {'merge', 'copy'}
+    source : int
+        The checkpoint that is copied from; for a merge, the one that lends shape and type (the base, else the first).
+    models : tuple of int
+        For a merge, the checkpoint of each model of `Recipe.experts_for(name)`, in that order; empty for a copy.
+    base : int or None
+        For a merge, the checkpoint of the base if the tensor's method takes one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: Literal["merge", "copy"]
+    source: int
+    models: tuple[int, ...] = ()
+    base: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """All tensors of the output, in the order of the base's files, and what is not in it.
+
+    Attributes
+    ----------
+    tensors : tuple of AlignedTensor
+    side : dict
+        With `heads: separate`: names of the head tensors that each model keeps for itself, by position in
+        `Recipe.sources`.
+    notes : tuple of str
+        What was left out or copied without being asked for, and why.
+    left_out : int
+        Names of tensors that are neither in the output nor in a side file.
+    """
+
+    tensors: tuple[AlignedTensor, ...]
+    side: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    left_out: int = 0
+
+    @property
+    def merged(self) -> int:
+        """How many tensors are merged."""
+        return sum(tensor.action == "merge" for tensor in self.tensors)
+
+    @property
+    def copied(self) -> int:
+        """How many tensors are copied."""
+        return sum(tensor.action == "copy" for tensor in self.tensors)
+
+
+def align(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Alignment:
+    """Line up the tensors of the checkpoints.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    checkpoints : sequence of Checkpoint
+        One per entry of `recipe.sources`, in that order. Only the dtypes and shapes of their tensors and their
+        `config` are looked at.
+
+    Raises
+    ------
+    TensorMismatchError
+        If models disagree about tensors: one lacks it, or its shape or kind differs.
+    CheckpointError
+        If a checkpoint is quantised.
+    """
+    _refuse_quantised(recipe, checkpoints)
+    return _Aligner(recipe, checkpoints).align()
+
+
+def head_of(tensor_name: str) -> str | None:
+    """The head a tensor belongs to: its name up to the part that says so; None if it belongs to none.
+
+    Examples
+    --------
+    >>> head_of("classifier.out_proj.weight"), head_of("model.layers.0.head.weight"), head_of("model.norm.weight")
+    ('classifier', None, None)
+    """
+    parts = tensor_name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return None
+        if part in HEADS:
+            return ".".join(parts[: index + 1])
+    return None
+
+
+class _Aligner:
+    """Goes through all names once and collects tensors, notes and problems."""
+
+    def __init__(self, recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
+        if len(checkpoints) != len(recipe.sources):
+            raise ValueError(f"expected {len(recipe.sources)} checkpoints, one per source, found {len(checkpoints)}")
+        self.recipe = recipe
+        self.checkpoints = checkpoints
+        self.tensors: list[AlignedTensor] = []
+        self.side: dict[int, list[str]] = {}
+        self.noted: dict[str, list[str]] = {}
+        self.left_out = 0
+        self.problems: list[str] = []
+        self.remedies: dict[str, None] = {}
+        self.refused = False
+        self.strangers = self._strangers()
+        self.everyone = [i for i in range(len(checkpoints)) if i not in self.strangers]
+        self.names = list(dict.fromkeys(name for i in self.everyone for name in checkpoints[i].tensors))
+        self.own_heads = set() if recipe.heads is None else self._heads_that_differ()
+
+    def align(self) -> Alignment:
+        for name in self.names:
+            self._place(name)
+        self._raise()
+        notes = tuple(f"{reason}: {_some(names, 2)}" for reason, names in self.noted.items())
+        side = {index: tuple(names) for index, names in sorted(self.side.items())}
+        return Alignment(tuple(self.tensors), side, notes, self.left_out)
+
+    def _place(self, name: str) -> None:
+        """Decide about one name."""
+        owners = {i: self.checkpoints[i].tensors[name] for i in self.everyone if name in self.checkpoints[i].tensors}
+        rule = self.recipe.rule_for(name)
+        if rule is not None and rule.merge_method == "passthrough":
+            self._pass_through(name, owners)
+        elif _is_buffer(name, next(iter(owners.values()))):
+            self._leave_out(name, "left out, models compute these buffers themselves")
+        elif _POSITIONS.search(name):
+            self._positions(name, owners)
+        elif len(owners) < len(self.everyone) and self._is_tied_twin(name, owners):
+            self._leave_out(name, "left out, the configuration ties it to the embedding")
+        elif head_of(name) in self.own_heads:
+            self._head(name, owners)
+        elif self._fits(name, owners):
+            self._merge_or_copy(name, owners)
+
+    # -- what becomes of a tensor that fits
+
+    def _merge_or_copy(self, name: str, owners: Mapping[int, TensorEntry]) -> None:
+        from mergepipe.tasks.registry import METHODS
+
+        method = self.recipe.method_for(name)
+        experts = self._experts(name)
+        if method == "passthrough" and not self._is_scaled(name):
+            self._copy(name, experts[0], owners)
+        elif DTYPES[owners[0].dtype].role == "copied":
+            self._copy(name, experts[0] if method == "passthrough" else 0, owners)
+        else:
+            wants = METHODS[method].base
+            base = None if wants == "ignored" or (wants == "optional" and self.recipe.base_model is None) else 0
+            entry = owners[0]
+            self.tensors.append(AlignedTensor(name, entry.shape, entry.dtype, "merge", 0, experts, base))
+
+    def _copy(self, name: str, source: int, owners: Mapping[int, TensorEntry]) -> None:
+        entry = owners[source]
+        self.tensors.append(AlignedTensor(name, entry.shape, entry.dtype, "copy", source))
+
+    def _pass_through(self, name: str, owners: Mapping[int, TensorEntry]) -> None:
+        if 0 not in owners:
+            self._leave_out(name, f"left out, a rule passes it through and {self._path(0)} has none")
+        elif self._is_scaled(name) and DTYPES[owners[0].dtype].role == "merged":
+            entry = owners[0]
+            self.tensors.append(AlignedTensor(name, entry.shape, entry.dtype, "merge", 0, (0,)))
+        else:
+            self._copy(name, 0, owners)
+
+    def _positions(self, name: str, owners: Mapping[int, TensorEntry]) -> None:
+        if 0 not in owners:
+            self._leave_out(name, "left out, models compute these buffers themselves")
+            return
+        if len(owners) < len(self.everyone):
+            self._note(name, f"copied from {self._path(0)}, not every model stores it")
+        self._copy(name, 0, owners)
+
+    def _head(self, name: str, owners: Mapping[int, TensorEntry]) -> None:
+        """A tensor of a head that differs between models, as `heads` says."""
+        heads = self.recipe.heads or "base"
+        source = 0 if heads in ("base", "separate") else self.recipe.sources.index(heads.removeprefix("model:"))
+        if source in owners:
+            self._copy(name, source, owners)
+            self._note(name, f"heads differ, taken from {self._path(source)}")
+        if heads == "separate":
+            first = 0 if self.recipe.base_model is None else 1
+            for index in owners:
+                if index >= first:
+                    self.side.setdefault(index, []).append(name)
+        elif source not in owners:
+            self._leave_out(name, f"left out, heads differ and {self._path(source)} has none")
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.left_out += 1
+        self._note(name, reason)
+
+    def _note(self, name: str, reason: str) -> None:
+        self.noted.setdefault(reason, []).append(name)
+
+    def _experts(self, name: str) -> tuple[int, ...]:
+        specs: tuple[ModelSpec, ...] = self.recipe.experts_for(name)
+        positions = {path: index for index, path in enumerate(self.recipe.sources)}
+        return tuple(positions[spec.model] for spec in specs)
+
+    def _is_scaled(self, name: str) -> bool:
+        rule = self.recipe.rule_for(name)
+        scopes = [self.recipe.parameters, *(spec.parameters for spec in self.recipe.experts_for(name))]
+        scopes += [] if rule is None else [rule.parameters]
+        return any(scope.get("scale") is not None for scope in scopes)
+
+    # -- special tensors
+
+    def _heads_that_differ(self) -> set[str | None]:
+        """Heads of which any tensor is missing in a model, or has another shape there."""
+        differ: set[str | None] = set()
+        for name in self.names:
+            head = head_of(name)
+            if head is not None and head not in differ:
+                found = [self.checkpoints[i].tensors.get(name) for i in self.everyone]
+                shapes = {None if entry is None else entry.shape for entry in found}
+                if len(shapes) > 1:
+                    differ.add(head)
+        return differ
+
+    def _is_tied_twin(self, name: str, owners: Mapping[int, TensorEntry]) -> bool:
+        """Whether this is a `lm_head.weight` that only some store, and that is the embedding under another name."""
+        if not (name == "lm_head.weight" or name.endswith(".lm_head.weight")):
+            return False
+        tied = {index: _ties(self.checkpoints[index].config) for index in {0, *owners}}
+        if any(tied[index] is False for index in owners) or tied[0] is False:
+            return False
+        return tied[0] is True or (0 not in owners and all(tied[index] for index in owners))
+
+    # -- what does not fit
+
+    def _strangers(self) -> set[int]:
+        """Models that share no name with the first source: one problem each, instead of one per tensor."""
+        first = self.checkpoints[0].tensors
+        strangers = {i for i, other in enumerate(self.checkpoints) if i and first.keys().isdisjoint(other.tensors)}
+        for index in sorted(strangers):
+            self._problem(
+                f"{self._path(index)} has no tensor in common with {self._path(0)}",
+                "a model of another architecture can't be merged: drop it from `models`",
+            )
+        return strangers
+
+    def _fits(self, name: str, owners: Mapping[int, TensorEntry]) -> bool:
+        """Whether every model has the tensor in the same shape and of the same kind; else a problem."""
+        if 0 not in owners:
+            return self._misfit(name, f"'{name}' is in {self._paths(list(owners))} but not in {self._path(0)}")
+        lacking = [index for index in self.everyone if index not in owners]
+        if lacking:
+            self._misfit(name, f"'{name}' is missing in {self._paths(lacking)}")
+        return self._is_same_kind(name, owners) and self._is_same_shape(name, owners) and not lacking
+
+    def _is_same_kind(self, name: str, owners: Mapping[int, TensorEntry]) -> bool:
+        roles = {index: DTYPES[entry.dtype].role for index, entry in owners.items()}
+        refused = [index for index, role in roles.items() if role == "refused"]
+        if refused:
+            self.refused = True
+            text = f"'{name}' is {owners[refused[0]].dtype} in {self._paths(refused)}"
+            return self._problem(text, "the codes of 8-bit floats can't be averaged without scales: dequantise first")
+        different = [index for index, role in roles.items() if role != roles[0]]
+        if different:
+            text = f"'{name}' is {self._described(owners, different, lambda entry: entry.dtype)}"
+            return self._problem(text, "integers can't be merged with floating-point numbers: was a model quantised?")
+        return True
+
+    def _is_same_shape(self, name: str, owners: Mapping[int, TensorEntry]) -> bool:
+        different = [index for index, entry in owners.items() if entry.shape != owners[0].shape]
+        if different:
+            text = f"'{name}' is {self._described(owners, different, lambda entry: str(entry.shape))}"
+            return self._misfit(name, text, vocabulary=_is_vocabulary(name, owners[0], owners[different[0]]))
+        return True
+
+    def _misfit(self, name: str, text: str, *, vocabulary: bool = False) -> Literal[False]:
+        if head_of(name) is not None and self.recipe.heads is None:
+            self._problem(text, "for heads that differ, say `heads: base`, `separate` or `model:<path>`")
+        if vocabulary:
+            self._problem(text, "this version does not merge vocabularies: use models of one tokenizer")
+        remedy = "drop the model, or add a rule {match: NAME, merge_method: passthrough} to take the first source's"
+        return self._problem(text, remedy)
+
+    def _problem(self, text: str, remedy: str) -> Literal[False]:
+        if not self.problems or self.problems[-1] != text:
+            self.problems.append(text)
+        self.remedies.setdefault(remedy)
+        return False
+
+    def _described(
+        self, owners: Mapping[int, TensorEntry], different: list[int], show: Callable[[TensorEntry], str]
+    ) -> str:
+        found: dict[str, list[int]] = {}
+        for index in different:
+            found.setdefault(show(owners[index]), []).append(index)
+        rest = ", ".join(f"{value} in {self._paths(indices)}" for value, indices in found.items())
+        return f"{show(owners[0])} in {self._path(0)} but {rest}"
+
+    def _path(self, index: int) -> str:
+        return f"'{self.recipe.sources[index]}'"
+
+    def _paths(self, indices: Sequence[int]) -> str:
+        return _some([self._path(index) for index in indices], 4)
+
+    def _raise(self) -> None:
+        if not self.problems:
+            return
+        shown = [f"  {text}" for text in self.problems[:MAX_PROBLEMS]]
+        if len(self.problems) > MAX_PROBLEMS:
+            shown.append(f"  and {len(self.problems) - MAX_PROBLEMS} more")
+        lines = ["the models do not fit together:", *shown, *(f"Remedy: {remedy}." for remedy in self.remedies)]
+        raise (CheckpointError if self.refused else TensorMismatchError)("\n".join(lines))
+
+
+def _refuse_quantised(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
+    found = []
+    for path, checkpoint in zip(recipe.sources, checkpoints, strict=False):
+        config = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")
+        name = next((name for name in checkpoint.tensors if _is_code(name, checkpoint)), None)
+        if config:
+            how = config.get("quant_method") if isinstance(config, Mapping) else None
+            found.append(f"  '{path}': its config.json has a quantization_config{f' ({how})' if how else ''}")
+        elif name is not None:
+            found.append(f"  '{path}': '{name}' belongs to quantised weights")
+    if found:
+        remedy = "Remedy: dequantise to bfloat16 first; codes can't be averaged without their scales."
+        raise CheckpointError("\n".join(["quantised checkpoints can't be merged:", *found, remedy]))
+
+
+def _is_code(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor is part of a quantised weight: by its name, or as the scales beside integer codes."""
+    if _QUANTISED.search(name):
+        return True
+    if not name.endswith(".scales"):
+        return False
+    weight = checkpoint.tensors.get(name.removesuffix("scales") + "weight")
+    return weight is not None and DTYPES[weight.dtype].role == "copied"
+
+
+def _is_buffer(name: str, entry: TensorEntry) -> bool:
+    """Whether a model fills this tensor itself when it is made: never stored by newer ones, ignored when loaded."""
+    if _BUFFER.search(name):
+        return True
+    return _CAUSAL_MASK.search(name) is not None and len(entry.shape) == 4 and entry.shape[:2] == (1, 1)
+
+
+def _ties(config: Mapping[str, Any]) -> bool | None:
+    """What a configuration says of tied embeddings; None if nothing."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        value = part.get("tie_word_embeddings")
+        if isinstance(value, bool):
+            return value
+    return None
+
+
+def _is_vocabulary(name: str, one: TensorEntry, other: TensorEntry) -> bool:
+    words = ("embed", "lm_head", "wte", "shared.weight")
+    return any(word in name for word in words) and one.shape[1:] == other.shape[1:] != ()
+
+
+def _some(names: Sequence[str], limit: int) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

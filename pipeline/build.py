@@ -1,0 +1,406 @@
+"""Building a plan: everything is checked, nothing is merged.
+
+    recipe ─► checkpoints (headers) ─► alignment ─► plan ─► memory, output and disk ─► workspace
+
+Up to the last step nothing is written, unless a copy store is asked for, which is made once all checks have passed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from mergepipe.errors import Fault, RecipeError, WorkspaceError
+from mergepipe.pipeline import outputs
+from mergepipe.pipeline.align import AlignedTensor, Alignment, align
+from mergepipe.pipeline.events import Announcer, CopyProgress, Listener, Note
+from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, available_bytes, cpu_count, parse_bytes
+from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTensor, Source, plan_id
+from mergepipe.pipeline.recipe import Recipe, load_recipe, settings
+from mergepipe.pipeline.schedule import schedule
+from mergepipe.pipeline.values import layer_counts, n_layers_of
+from mergepipe.storage.atomic import fsync_path, write_atomic
+from mergepipe.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from mergepipe.storage.copied import copy_store, held_bytes
+from mergepipe.storage.dtypes import DTYPES, MERGED_ALIASES
+from mergepipe.storage.layout import group_by_size
+from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
+from mergepipe.storage.virtual import kerchunk_references
+from mergepipe.storage.workspace import Workspace, WorkspaceLock
+from mergepipe.tasks.registry import method as find_method
+
+StoreKind = Literal["auto", "virtual", "copy"]
+
+CHUNK_BYTES = 8 * 1024 * 1024
+"""Default size of a chunk: the best of 1 to 64 MiB in whole merges."""
+
+
+def build(
+    recipe: str | Path = "mergepipe.yaml",
+    work: str | Path = ".mergepipe",
+    *,
+    out: str | Path | None = None,
+    memory: str | int | None = None,
+    workers: int | None = None,
+    store: StoreKind = "auto",
+    chunk_size: str | int = CHUNK_BYTES,
+    shard_size: str | int | None = None,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    on_event: Listener | None = None,
+) -> Plan:
+    """Check a recipe and its checkpoints, and write the plan into a workspace.
+
+    Parameters
+    ----------
+    recipe : path
+        A YAML file.
+    work : path
+        The workspace; made if need be.
+    out : path, optional
+        The output folder; the recipe's `output`, else `./merged`, by default.
+    memory : size, optional
+        Ceiling for the run, such as "2GiB"; by default 512 MiB, where methods look at whole matrices up to half of the
+        memory available.
+    workers : int, optional
+        For the check of the ceiling; one per processor by default.
+    store : {'auto', 'virtual', 'copy'}
+        How each checkpoint becomes a chunked zarr hierarchy: byte ranges of its own files, or a copy.
+    chunk_size, shard_size : size, optional
+        Of a chunk; of an output file (by default the base's division into files is kept).
+    overrides : sequence of str
+        ``"parameters.lambda=0.5"`` and the like: recipe values to replace.
+    force : bool
+        Drop the unfinished work of another recipe that the workspace holds.
+    on_event : callable, optional
+        Told what happens; see :mod:`mergepipe.pipeline.events`.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    RecipeError, CheckpointError, BudgetError, InTheWayError
+        If anything is wrong; no work has been done then.
+    """
+    announce = Announcer(on_event)
+    parsed = load_recipe(recipe, overrides)
+    checkpoints = [open_checkpoint(Path(path)) for path in parsed.sources]
+    alignment = align(parsed, checkpoints)
+    kind: Literal["virtual", "copy"] = "copy" if store == "copy" else "virtual"
+    plan = make_plan(
+        parsed,
+        checkpoints,
+        alignment,
+        store=kind,
+        output=Path(os.path.abspath(out or parsed.output or "merged")),
+        allowed=parse_bytes(memory) if memory is not None else DEFAULT_ALLOWED,
+        chunk_bytes=parse_bytes(chunk_size),
+        shard_bytes=None if shard_size is None else parse_bytes(shard_size),
+    )
+    if memory is None and any(_is_whole(tensor, plan.seed) for tensor in plan.tensors):
+        plan = replace(plan, allowed=max(DEFAULT_ALLOWED, available_bytes() // 2))
+    # Tensors at odd places of their files can't be mapped: each window takes memory.
+    gathered = [kind == "copy" or any(t.offset % 8 for t in found.tensors.values()) for found in checkpoints]
+    schedule(plan, Ceiling(plan.allowed, workers or cpu_count()), gathered=gathered)
+    workspace = Workspace(Path(work))
+    abandoned = _abandoned(workspace, plan, force)
+    if outputs.finished(plan) is None:
+        outputs.check_folder(Path(plan.output), [model.path for model in plan.models], _unfinished(workspace))
+        outputs.check_space(Path(plan.output), plan.layout().nbytes - outputs.held_bytes(plan), "the output")
+    copies = sum(model.copied_bytes for model in plan.models)
+    outputs.check_space(workspace.root, copies - held_bytes(workspace.stores), "the copied store")
+    workspace.create()
+    with WorkspaceLock(workspace):
+        if abandoned is not None:
+            if outputs.finished(abandoned) is None:
+                outputs.remove_work(abandoned)
+            workspace.forget_progress()
+        _withdraw(workspace, plan)
+        _write_workspace(workspace, plan, checkpoints, announce)
+    for note in plan.notes:
+        announce(Note(note))
+    return plan
+
+
+def _withdraw(workspace: Workspace, plan: Plan) -> None:
+    """Remove the plan of another merge before its stores are replaced: a build that dies between leaves none."""
+    if workspace.plan_file.exists() and Plan.from_json(workspace.read_plan()).id != plan.id:
+        workspace.plan_file.unlink()
+        fsync_path(workspace.root)
+
+
+def _is_whole(tensor: PlannedTensor, seed: int) -> bool:
+    """Whether a tensor's method looks at it as a whole matrix."""
+    return tensor.action == "merge" and find_method(tensor.method).whole(tensor.job(seed)) is not None
+
+
+def make_plan(
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    alignment: Alignment,
+    *,
+    store: Literal["virtual", "copy"],
+    output: Path,
+    allowed: int,
+    chunk_bytes: int,
+    shard_bytes: int | None,
+) -> Plan:
+    """Decide everything; pure apart from what the arguments hold.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    checkpoints : sequence of Checkpoint
+        One per `recipe.sources`, in that order.
+    alignment : Alignment
+    store : {'virtual', 'copy'}
+    output : Path
+    allowed, chunk_bytes, shard_bytes : int
+        In bytes; `shard_bytes` None keeps the division of the first checkpoint.
+
+    Raises
+    ------
+    RecipeError
+        If a tensor gets a setting that is missing or out of bounds.
+    """
+    models = _plan_models(recipe, checkpoints, store)
+    tensors = _plan_tensors(recipe, checkpoints, alignment)
+    groups = _plan_groups(tensors, alignment, checkpoints, shard_bytes)
+    side = {
+        models[number].label: tuple(Source(number, name, checkpoints[number].tensors[name].dtype) for name in names)
+        for number, names in sorted(alignment.side.items())
+    }
+    shown = _shown_recipe(recipe, models)
+    metadata = {"format": "pt", "mergepipe.recipe": json.dumps(shown, sort_keys=True)}
+    return Plan(
+        format=PLAN_FORMAT,
+        id=plan_id(tensors, models, groups, metadata, side, recipe.seed),
+        version=version("mergepipe"),
+        recipe=shown,
+        models=models,
+        tensors=tensors,
+        groups=groups,
+        metadata=metadata,
+        output=str(output),
+        side=side,
+        sidecar=0,
+        dtype=recipe.output_dtype,
+        notes=(*recipe.notes, *alignment.notes),
+        allowed=allowed,
+        chunk_bytes=chunk_bytes,
+        seed=recipe.seed,
+    )
+
+
+def _plan_models(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], store: Literal["virtual", "copy"]
+) -> tuple[PlannedModel, ...]:
+    taken: Counter[str] = Counter()
+    models = []
+    for path, checkpoint in zip(recipe.sources, checkpoints, strict=True):
+        name = Path(path).name
+        taken[name] += 1
+        nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        models.append(
+            PlannedModel(
+                label=name if taken[name] == 1 else f"{name}-{taken[name]}",
+                path=path,
+                role="base" if path == recipe.base_model else "model",
+                store=store,
+                why="asked for" if store == "copy" else "local safetensors files, read where they are",
+                tensors=len(checkpoint.tensors),
+                nbytes=nbytes,
+                copied_bytes=nbytes if store == "copy" else 0,
+                fingerprint=fingerprint(checkpoint),
+            )
+        )
+    return tuple(models)
+
+
+def _plan_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint], alignment: Alignment) -> tuple[PlannedTensor, ...]:
+    counts = layer_counts(tensor.name for tensor in alignment.tensors)
+    faults: list[Fault] = []
+    planned = []
+    for tensor in alignment.tensors:
+        try:
+            planned.append(_plan_tensor(recipe, checkpoints, tensor, counts))
+        except RecipeError as error:
+            faults += error.faults
+    if faults:
+        raise RecipeError(list(dict.fromkeys(faults)))
+    return tuple(planned)
+
+
+def _plan_tensor(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], tensor: AlignedTensor, counts: dict[str, int]
+) -> PlannedTensor:
+    def source(number: int) -> Source:
+        return Source(number, tensor.name, checkpoints[number].tensors[tensor.name].dtype)
+
+    copied = PlannedTensor(tensor.name, tensor.shape, tensor.dtype, "copy", source(tensor.source), ())
+    if tensor.action == "copy" and not _recast(recipe, tensor.dtype):
+        return copied
+    if tensor.action == "copy":
+        plain = find_method("passthrough")
+        chosen = settings(recipe, tensor.name, 0) if recipe.method_for(tensor.name) == "passthrough" else None
+        params = {p.name: p.default for p in plain.parameters if not p.per_model and not p.without_effect}
+        model_params = ({p.name: p.default for p in plain.parameters if p.per_model},)
+        return PlannedTensor(
+            tensor.name,
+            tensor.shape,
+            _output_dtype(recipe, tensor.dtype),
+            "merge",
+            None,
+            (source(tensor.source),),
+            method="passthrough",
+            params=chosen.params if chosen else params,
+            model_params=chosen.model_params if chosen else model_params,
+            work=_work_dtype([tensor.dtype]),
+        )
+    wanted = settings(recipe, tensor.name, n_layers_of(tensor.name, counts))
+    base = None if tensor.base is None else source(tensor.base)
+    models = tuple(source(number) for number in tensor.models)
+    return PlannedTensor(
+        tensor.name,
+        tensor.shape,
+        _output_dtype(recipe, tensor.dtype),
+        "merge",
+        base,
+        models,
+        method=wanted.method,
+        params=wanted.params,
+        model_params=wanted.model_params,
+        sparsify=wanted.sparsify,
+        sparsify_params=wanted.sparsify_params,
+        work=_work_dtype([s.dtype for s in models] + ([base.dtype] if base else [])),
+        scope=wanted.scope,
+    )
+
+
+def _recast(recipe: Recipe, dtype: str) -> bool:
+    return DTYPES[dtype].role == "merged" and _output_dtype(recipe, dtype) != dtype
+
+
+def _output_dtype(recipe: Recipe, stored: str) -> str:
+    return MERGED_ALIASES[recipe.output_dtype].name if recipe.output_dtype else stored
+
+
+def _work_dtype(dtypes: Sequence[str]) -> str:
+    return "float64" if "F64" in dtypes else "float32"
+
+
+def _plan_groups(
+    tensors: Sequence[PlannedTensor],
+    alignment: Alignment,
+    checkpoints: Sequence[Checkpoint],
+    shard_bytes: int | None,
+) -> tuple[tuple[str, ...], ...]:
+    """Which tensors share an output file: those that share one in the base, or as many as fit `shard_bytes`."""
+    if shard_bytes is not None:
+        filled = group_by_size([tensor.output for tensor in tensors], shard_bytes)
+        return tuple(tuple(tensor.name for tensor in group) for group in filled) or ((),)
+    files: dict[tuple[int, int], list[str]] = {}
+    for tensor in alignment.tensors:
+        entry = checkpoints[tensor.source].tensors[tensor.name]
+        # A tensor that another model lends (a head) joins that model's file only if the first has no file at all.
+        key = (0, entry.file) if tensor.source == 0 else (0, max((f for _, f in files), default=0))
+        files.setdefault(key, []).append(tensor.name)
+    return tuple(tuple(names) for _, names in sorted(files.items())) or ((),)
+
+
+def _shown_recipe(recipe: Recipe, models: Sequence[PlannedModel]) -> dict[str, Any]:
+    """The recipe for the header, the card and the manifest: folder names in place of paths of this machine."""
+    labels = {model.path: model.label for model in models}
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [shorten(item) for item in value]
+        if isinstance(value, str):
+            prefix = "model:" if value.startswith("model:") else ""
+            return prefix + labels.get(value.removeprefix(prefix), value.removeprefix(prefix))
+        return value
+
+    shown: dict[str, Any] = shorten(recipe.to_dict())
+    shown.pop("output", None)
+    return shown
+
+
+def _abandoned(workspace: Workspace, plan: Plan, force: bool) -> Plan | None:
+    """The plan that the workspace's journal belongs to, if it is another one and may be dropped."""
+    if not (workspace.plan_file.exists() and workspace.begun()):
+        return None
+    old = Plan.from_json(workspace.read_plan())
+    if (old.id, old.output, old.version) == (plan.id, plan.output, plan.version):
+        return None
+    if outputs.finished(old) is None and not force:
+        raise WorkspaceError(
+            f"'{workspace.root}' holds unfinished work of another recipe, version or output ('{old.output}'): finish "
+            f"it with `mergepipe run`, drop it with --force, or use another --work"
+        )
+    return old
+
+
+def _unfinished(workspace: Workspace) -> set[str]:
+    """Names that an unfinished run of the workspace's present plan may have left in its output folder."""
+    if not (workspace.plan_file.exists() and workspace.begun()):
+        return set()
+    return outputs.work_names(Plan.from_json(workspace.read_plan()))
+
+
+def _write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Checkpoint], announce: Announcer) -> None:
+    keep = set()
+    for number, (model, checkpoint) in enumerate(zip(plan.models, checkpoints, strict=True)):
+        folder = workspace.store(number, model.label)
+        keep.add(folder)
+        if _begun_before(folder, model, plan.chunk_bytes):
+            if workspace.manifest_file(number, model.label).exists():
+                announce(Note(f"'{model.label}' is copied already: kept"))
+                continue
+            announce(Note(f"'{model.label}' is copied in part already: going on with that"))
+        manifest = _make_store(model, checkpoint, folder, plan.chunk_bytes, announce)
+        manifest.save(workspace.manifest_file(number, model.label))
+        if manifest.kind == "virtual":
+            references = json.dumps(kerchunk_references(manifest)).encode()
+            (folder / "kerchunk.json").write_bytes(references)
+    workspace.forget_stores(keep)
+    workspace.write_plan(plan.to_json())
+
+
+def _begun_before(folder: Path, model: PlannedModel, chunk_bytes: int) -> bool:
+    """Whether a store's folder holds a copy of this very model, or a part of one; otherwise it is made anew.
+
+    `source.json` says what a folder is a copy of; it is there before the first chunk.
+    """
+    marker = folder / "source.json"
+    source = json.dumps([model.store, model.path, model.fingerprint, chunk_bytes]).encode()
+    if marker.exists() and marker.read_bytes() == source:
+        return model.store == "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_atomic(marker, source)
+    return False
+
+
+def _make_store(
+    model: PlannedModel, checkpoint: Checkpoint, folder: Path, chunk_bytes: int, announce: Announcer
+) -> ChunkManifest:
+    if model.store == "virtual":
+        return virtual_manifest(checkpoint, chunk_bytes)
+    return copy_store(
+        checkpoint,
+        folder / "zarr",
+        chunk_bytes,
+        lambda nbytes: announce(CopyProgress(model.label, nbytes, model.nbytes)),
+        resume=True,
+    )

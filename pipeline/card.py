@@ -1,0 +1,35 @@
+"""The model card: a README.md that says what was merged, how, and by what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from mergepipe.pipeline.plan import Plan
+from mergepipe.tasks.registry import method as find_method
+
+
+def model_card(plan: Plan) -> str:
+    """Text of the card: front matter for the hub, the models, the method with its paper, the recipe."""
+    method = find_method(plan.recipe["merge_method"])
+    front: dict[str, Any] = {
+        "base_model": [model.label for model in plan.models],
+        "library_name": "transformers",
+        "tags": ["merge", "mergepipe", method.name],
+    }
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# A merge", ""]
+    lines += [f"Made by [mergepipe](https://pypi.org/project/mergepipe/) {plan.version} with {method.title}.", ""]
+    lines += ["## Method", "", method.summary]
+    if method.specification != "published":
+        lines += [
+            "",
+            f"This is a reconstruction, `{method.specification}`: it does not claim to be the authors' method.",
+        ]
+    if method.paper is not None:
+        lines += ["", f"Paper: [{method.paper.title}]({method.paper.url})"]
+    lines += ["", "## Models", ""]
+    lines += [f"* `{model.label}`{' (base)' if model.role == 'base' else ''}" for model in plan.models]
+    lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True).strip()]
+    lines += ["```", ""]
+    return "\n".join(lines)

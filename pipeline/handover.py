@@ -1,0 +1,64 @@
+"""Handing complete shards over to a command of the user's: upload them, move them to another disk.
+
+The command runs once a shard is complete under its final name; when it succeeds, the journal says so, and the shard is
+neither read nor expected to be there again. It may run twice for the same shard, if the process dies between its end
+and the record of it.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+from mergepipe.errors import HandOverError, UsageError
+from mergepipe.storage.journal import Record
+
+PLACE = "{path}"
+SHARDS_OPEN = 3
+"""Unfinished shards that may take up disk space at once: two being filled, one being sealed and handed over."""
+
+
+def check_command(command: str) -> None:
+    """Refuse a command that would not learn which file it is for.
+
+    Raises
+    ------
+    UsageError
+    """
+    if PLACE not in command:
+        raise UsageError(f"the command '{command}' does not say where the file's path goes: write {PLACE} there")
+
+
+def hand_over(command: str, path: Path) -> None:
+    """Run a command for a complete shard, and wait for it.
+
+    Parameters
+    ----------
+    command : str
+        For the shell; `{path}` is replaced by the quoted path.
+    path : Path
+
+    Raises
+    ------
+    HandOverError
+        If it fails; names its exit code and the end of what it said.
+
+    Examples
+    --------
+    >>> hand_over("test -d {path}", Path("/"))
+    """
+    line = command.replace(PLACE, shlex.quote(str(path)))
+    # A session of its own: the Ctrl-C that stops the run must not hit an upload in the middle.
+    done = subprocess.run(line, shell=True, start_new_session=True, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()[-500:]
+        raise HandOverError(
+            f"`{line}` failed with exit code {done.returncode}{': ' + said if said else ''}. The shard is complete and "
+            f"kept: mend the command and run again"
+        )
+
+
+def handed_record(shard: int) -> Record:
+    """The journal's record that a shard is in other hands."""
+    return {"type": "handed", "shard": shard}

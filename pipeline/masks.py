@@ -1,0 +1,103 @@
+"""Masks and rescalers that a merge keeps for each task: `tasks/NAME/masks.safetensors` in the output.
+
+They are written beside the output, piece by piece as the kernel comes along. A unit of the output is recorded as done
+only once its pieces are durable as well, so a resume finds both or redoes both. The files get their names when all
+tensors are made, before the output gets its own. What lets a task's model be put together again stands in the file's
+metadata: the rescaler of each tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mergepipe.errors import WorkspaceError
+from mergepipe.pipeline.outputs import TASKS_FOLDER
+from mergepipe.pipeline.plan import Plan
+from mergepipe.storage.bits import MaskWriter, mask_layout, masks_exist
+from mergepipe.tasks.method import Array, State
+from mergepipe.tasks.registry import METHODS
+
+RESCALERS = "mergepipe.rescalers"
+"""Key in a mask file's metadata: JSON, factor by name of the tensor."""
+
+
+def masked_tensors(plan: Plan) -> dict[int, dict[int, int]]:
+    """For each model that has masks, numbers of the tensors that it is in, and its place among their models."""
+    found: dict[int, dict[int, int]] = {}
+    for number, tensor in enumerate(plan.tensors):
+        if tensor.action == "merge" and METHODS[tensor.method].masks is not None:
+            for position, source in enumerate(tensor.models):
+                found.setdefault(source.model, {})[number] = position
+    return found
+
+
+class TaskMasks:
+    """The mask files of a run; of no consequence where no method has any.
+
+    Parameters
+    ----------
+    plan : Plan
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._members = masked_tensors(plan)
+        self._writers: dict[int, MaskWriter] = {}
+
+    def open(self, state_of: Callable[[int], State], *, begun: bool) -> None:
+        """Open all files, once the rescalers are known.
+
+        Parameters
+        ----------
+        state_of : callable
+            What rounds have left for a tensor, by its number.
+        begun : bool
+            Whether some of the output is there already.
+
+        Raises
+        ------
+        WorkspaceError
+            If it is, but a file with masks is gone.
+        """
+        for model, members in self._members.items():
+            folder = Path(self._plan.output) / TASKS_FOLDER / self._plan.models[model].label
+            if begun and not masks_exist(folder):
+                raise WorkspaceError(
+                    f"the masks in '{folder}' are gone, while the merge they belong to is unfinished: start again with "
+                    f"`mergepipe run --restart`"
+                )
+            self._writers[model] = MaskWriter(
+                folder, mask_layout(self._sizes(members), self._metadata(members, state_of))
+            )
+
+    def _sizes(self, members: Mapping[int, int]) -> dict[str, int]:
+        tensors = [self._plan.tensors[number] for number in members]
+        return {tensor.name: int(np.prod(tensor.shape, dtype=np.int64)) for tensor in tensors}
+
+    def _metadata(self, members: Mapping[int, int], state_of: Callable[[int], State]) -> dict[str, str]:
+        factors = {self._plan.tensors[n].name: float(state_of(n)["rescalers"][k]) for n, k in members.items()}
+        return {"format": "mergepipe masks 1", RESCALERS: json.dumps(factors)}
+
+    def write(self, tensor: int, position: int, start: int, bits: Array) -> None:
+        """Set bits of a tensor's elements from `start` on, for the model at `position`."""
+        planned = self._plan.tensors[tensor]
+        self._writers[planned.models[position].model].write(planned.name, start, bits)
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        for writer in self._writers.values():
+            writer.sync()
+
+    def finish(self) -> None:
+        """Check all files and give them their names."""
+        for writer in self._writers.values():
+            writer.finish()
+
+    def close(self) -> None:
+        """Give their file descriptors back."""
+        for writer in self._writers.values():
+            writer.close()

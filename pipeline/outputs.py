@@ -1,0 +1,247 @@
+"""The output folder: what lies beside the weights, and in which order it appears.
+
+Weights are `.part` files until they are complete. Configuration, tokenizer, model card and manifest come next, and the
+last thing of all is the index, or the name of the single weights file: what has that is a whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mergepipe.errors import DiskFullError, OutputExistsError
+from mergepipe.pipeline.card import model_card
+from mergepipe.pipeline.measure import Meter
+from mergepipe.pipeline.plan import Plan
+from mergepipe.storage.atomic import temporary_of, write_atomic
+from mergepipe.storage.layout import INDEX_NAME
+from mergepipe.storage.writer import READ_BACK_BYTES, SealedShard, publish_part
+
+MANIFEST_NAME = "mergepipe_manifest.json"
+HEADS_FOLDER = "heads"
+TASKS_FOLDER = "tasks"
+CARD_NAME = "README.md"
+
+SIDECARS = (
+    "config.json",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+)
+"""Files that make a folder of weights a model: copied from the base."""
+
+SIDECAR_FOLDERS = ("additional_chat_templates",)
+"""Folders that belong to them."""
+
+
+def check_folder(folder: Path, inputs: Iterable[str], ours: Iterable[str] = ()) -> None:
+    """Refuse an output folder that is an input, lies inside one, or holds something that is not ours.
+
+    Parameters
+    ----------
+    folder : Path
+        Absolute.
+    inputs : iterable of str
+        Absolute paths of all models read.
+    ours : iterable of str
+        Names that may be there already: unfinished work of the same plan.
+
+    Raises
+    ------
+    OutputExistsError
+    """
+    target = folder.resolve()
+    for path in inputs:
+        model = Path(path).resolve()
+        if target == model or model in target.parents:
+            raise OutputExistsError(
+                f"the output '{folder}' lies in the model '{path}': choose another folder with --out"
+            )
+        if target in model.parents:
+            raise OutputExistsError(
+                f"the model '{path}' lies in the output '{folder}': choose another folder with --out"
+            )
+    if folder.is_dir():
+        known = set(ours)
+        names = [entry.name for entry in folder.iterdir()]
+        strangers = sorted(name for name in names if not {name, temporary_of(name)} & known)
+        if strangers:
+            shown = ", ".join([*strangers[:3], *(["…"] if len(strangers) > 3 else [])])
+            raise OutputExistsError(
+                f"the output '{folder}' is not empty ({shown}): remove it, or choose another with --out"
+            )
+    elif folder.exists():
+        raise OutputExistsError(f"the output '{folder}' is a file: choose another folder with --out")
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse work that can't end well: `needed` bytes must be free on the disk that `folder` is or will be on.
+
+    Raises
+    ------
+    DiskFullError
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskFullError(
+            f"{what} in '{folder}' needs {needed:,} bytes, {free:,} are free: make room, or choose another disk"
+        )
+
+
+def work_names(plan: Plan) -> set[str]:
+    """Names that an unfinished run of this plan may have left in the output folder; a kill may come at the very end."""
+    shards = {f"{shard.file}{end}" for shard in plan.layout().shards for end in ("", ".part")}
+    beside = {path.name for path in _sidecars(Path(plan.models[plan.sidecar].path))}
+    return shards | beside | {HEADS_FOLDER, TASKS_FOLDER, CARD_NAME, MANIFEST_NAME, INDEX_NAME}
+
+
+def sweep(plan: Plan) -> None:
+    """Remove temporary files that a killed run has left in the output folder; for the holder of the lock."""
+    folder = Path(plan.output)
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if temporary_of(path.name) in work_names(plan):
+            path.unlink(missing_ok=True)
+
+
+def held_bytes(plan: Plan) -> int:
+    """Bytes of disk that the unfinished shards of this plan hold already."""
+    total = 0
+    for shard in plan.layout().shards:
+        for end in ("", ".part"):
+            with contextlib.suppress(OSError):
+                total += (Path(plan.output) / f"{shard.file}{end}").stat().st_blocks * 512
+    return total
+
+
+def remove_work(plan: Plan) -> None:
+    """Remove what an unfinished run of this plan may have left in the output folder."""
+    if finished(plan) is not None:
+        raise OutputExistsError(f"the output '{plan.output}' is a finished model: remove it to make it again")
+    sweep(plan)
+    for name in sorted(work_names(plan)):
+        path = Path(plan.output) / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sidecars(source: Path) -> list[Path]:
+    """Files and folders of a model that are copied beside the weights."""
+    found = [path for pattern in SIDECARS for path in sorted(source.glob(pattern)) if path.is_file()]
+    folders = [source / name for name in SIDECAR_FOLDERS if (source / name).is_dir()]
+    return [path for path in found if not path.name.endswith((".safetensors", ".bin", ".part"))] + folders
+
+
+def copy_sidecars(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
+    """Copy configuration and tokenizer files; `changes` replace keys of `config.json`, the rest stays as it was."""
+    for path in _sidecars(source):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            continue
+        data = path.read_bytes()
+        if path.name == "config.json" and changes:
+            data = _changed(data, changes)
+        write_atomic(target / path.name, data)
+
+
+def _changed(config: bytes, changes: Mapping[str, Any]) -> bytes:
+    values = json.loads(config)
+    for key, value in changes.items():
+        # A type is written under the name that the configuration uses for it already.
+        values["dtype" if key == "torch_dtype" and "dtype" in values else key] = value
+    return to_json(values)
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    """As configuration files are written: two spaces deep, a newline at the end."""
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def manifest(
+    plan: Plan,
+    sealed: Sequence[SealedShard],
+    densities: Mapping[str, list[float]],
+    meter: Meter,
+    workers: int,
+    *,
+    device: str = "cpu",
+    matrices: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The record of what was merged into what, by what, and what it took."""
+    return {
+        "mergepipe": plan.version,
+        "plan": plan.id,
+        "method": plan.recipe["merge_method"],
+        "recipe": plan.recipe,
+        "inputs": [
+            {"model": model.label, "path": model.path, "role": model.role, "fingerprint": model.fingerprint}
+            for model in plan.models
+        ],
+        "shards": [
+            {
+                "file": shard.file,
+                "bytes": shard.size,
+                "sha256": shard.sha256,
+                "crc32c": list(shard.crc32c),
+                "crc32c_bytes": READ_BACK_BYTES,
+            }
+            for shard in sealed
+        ],
+        "densities": dict(sorted(densities.items())),
+        **({"matrices": dict(sorted(matrices.items()))} if matrices else {}),
+        "device": device,
+        "workers": workers,
+        "versions": {name: version(name) for name in ("numpy", "numba", "zarr", "dask", "safetensors")}
+        | ({"torch": version("torch")} if matrices else {})
+        | {"python": platform.python_version()},
+        "seconds": round(meter.seconds, 3),
+        "disk_bytes_read": meter.disk_read,
+        "disk_bytes_written": meter.disk_written,
+        "peak_anonymous_bytes": meter.peak_anonymous,
+    }
+
+
+def publish(plan: Plan, record: Mapping[str, Any]) -> None:
+    """Put everything beside the weights, and the index (or the single file's name) last."""
+    folder = Path(plan.output)
+    copy_sidecars(Path(plan.models[plan.sidecar].path), folder, {"torch_dtype": plan.dtype} if plan.dtype else {})
+    write_atomic(folder / CARD_NAME, model_card(plan).encode())
+    write_atomic(folder / MANIFEST_NAME, to_json(record))
+    index = plan.layout().index
+    if index is None:
+        publish_part(folder / "model.safetensors")
+    else:
+        write_atomic(folder / INDEX_NAME, to_json(index))
+
+
+def finished(plan: Plan) -> dict[str, Any] | None:
+    """The manifest of the plan's output if that is complete and of this very plan, else None."""
+    folder = Path(plan.output)
+    last = folder / (INDEX_NAME if len(plan.groups) > 1 else "model.safetensors")
+    try:
+        record: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if record.get("plan") == plan.id and last.exists() else None

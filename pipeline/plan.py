@@ -1,0 +1,250 @@
+"""The plan: every model, tensor and output byte of a merge, decided before a tensor byte is read.
+
+A plan is data: frozen records that are saved as `plan.json` and read back as the same records. It says *what* is to be
+done. How it is cut into units, by how many workers and under which ceiling, is decided when it is run (see
+:mod:`mergepipe.pipeline.schedule`), and changes no byte of the result: that is why none of it is in the plan's id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from mergepipe.errors import WorkspaceError
+from mergepipe.storage.dtypes import DTYPES
+from mergepipe.storage.layout import OutputLayout, OutputTensor, lay_out
+from mergepipe.tasks.method import Job
+
+PLAN_FORMAT = 1
+"""Format of `plan.json`; another one is refused."""
+
+RESULT_VERSION = 1
+"""Raised with every change that changes an output byte of an unchanged recipe; part of the plan's id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An input tensor: number of the model in the plan, its name there, its safetensors dtype."""
+
+    model: int
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model that is read.
+
+    Attributes
+    ----------
+    label : str
+        Its folder's name, made unique; for messages, statistics and side files.
+    path : str
+        Absolute.
+    role : {'base', 'model'}
+        Whether it is the base (or the primary), or one of the models merged.
+    store : {'virtual', 'copy'}
+        Kind of its zarr hierarchy.
+    why : str
+        Why it is of that kind.
+    tensors, nbytes, copied_bytes : int
+        What it holds, and how many bytes the hierarchy takes on disk.
+    fingerprint : str
+        Hash of the sizes and headers of its files.
+    """
+
+    label: str
+    path: str
+    role: Literal["base", "model"]
+    store: Literal["virtual", "copy"]
+    why: str
+    tensors: int
+    nbytes: int
+    copied_bytes: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """An output tensor.
+
+    Attributes
+    ----------
+    name, shape, dtype
+        As it will be written.
+    action : {'merge', 'copy'}
+        'copy' takes the bytes of `base` as they are.
+    base : Source or None
+        What deltas are taken to; for 'copy' what is copied.
+    models : tuple of Source
+        What is merged; empty for 'copy'.
+    method, params, model_params, sparsify, sparsify_params
+        The settings of this tensor; see :class:`mergepipe.tasks.method.Job`.
+    scope : {'tensor', 'model'}
+        Where its thresholds are taken.
+    work : str
+        "float32", or "float64" where an input is F64.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: Literal["merge", "copy"]
+    base: Source | None
+    models: tuple[Source, ...]
+    method: str = ""
+    params: dict[str, Any] | None = None
+    model_params: tuple[dict[str, Any], ...] = ()
+    sparsify: str = "none"
+    sparsify_params: tuple[dict[str, Any], ...] = ()
+    work: str = "float32"
+    scope: str = "tensor"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All tensors it is made from, the base first."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def output(self) -> OutputTensor:
+        """As the layout sees it."""
+        return OutputTensor(self.name, self.dtype, self.shape)
+
+    def input_bytes(self) -> int:
+        """Bytes of one read of all its sources."""
+        size = int(np.prod(self.shape, dtype=np.int64))
+        return sum(size * DTYPES[source.dtype].itemsize for source in self.sources)
+
+    def job(self, seed: int) -> Job:
+        """What its method sees of it."""
+        return Job(
+            self.name,
+            self.shape,
+            len(self.models),
+            np.dtype(self.work),
+            self.params or {},
+            self.model_params,
+            self.sparsify,
+            self.sparsify_params,
+            seed,
+            self.scope,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a run needs to know.
+
+    Attributes
+    ----------
+    format : int
+        Of this record.
+    id : str
+        Names the result: the same id, the same bytes.
+    version : str
+        Of the mergepipe that made it.
+    recipe : dict
+        The recipe, for the model card and the header; model paths shortened to folder names.
+    models : tuple of PlannedModel
+        The base first, if there is one.
+    tensors : tuple of PlannedTensor
+        In the order in which they are made: byte order of the base's files.
+    groups : tuple of tuple of str
+        Names of the tensors of each output shard.
+    metadata : dict of str to str
+        The `__metadata__` of each shard.
+    output : str
+        The output folder, absolute.
+    side : dict of str to tuple of Source
+        Tensors kept beside the merge, by label of the model they come from.
+    sidecar : int
+        Number of the model whose configuration and tokenizer are copied.
+    dtype : str or None
+        The output dtype the recipe asks for, by its alias.
+    notes : tuple of str
+        What the user should know.
+    allowed : int
+        Memory ceiling in bytes.
+    chunk_bytes : int
+        Wanted size of a unit.
+    seed : int
+    """
+
+    format: int
+    id: str
+    version: str
+    recipe: dict[str, Any]
+    models: tuple[PlannedModel, ...]
+    tensors: tuple[PlannedTensor, ...]
+    groups: tuple[tuple[str, ...], ...]
+    metadata: dict[str, str]
+    output: str
+    side: dict[str, tuple[Source, ...]]
+    sidecar: int
+    dtype: str | None
+    notes: tuple[str, ...]
+    allowed: int
+    chunk_bytes: int
+    seed: int
+
+    def layout(self) -> OutputLayout:
+        """The place of every output byte."""
+        by_name = {tensor.name: tensor.output for tensor in self.tensors}
+        return lay_out([[by_name[name] for name in group] for group in self.groups], self.metadata)
+
+    def to_json(self) -> bytes:
+        """As saved in the workspace."""
+        return _ADAPTER.dump_json(self, indent=1)
+
+    @staticmethod
+    def from_json(data: bytes) -> Plan:
+        """Read a saved plan.
+
+        Raises
+        ------
+        WorkspaceError
+            If it is damaged or of another format.
+        """
+        try:
+            found = json.loads(data).get("format")
+            if found != PLAN_FORMAT:
+                raise WorkspaceError(f"the plan is of format {found}, this version reads {PLAN_FORMAT}: build it again")
+            return _ADAPTER.validate_json(data)
+        except (ValueError, AttributeError) as error:
+            if isinstance(error, WorkspaceError):
+                raise
+            raise WorkspaceError(f"the plan is damaged ({str(error).splitlines()[0]}): build it again") from error
+
+
+_ADAPTER = pydantic.TypeAdapter(Plan)
+
+
+def plan_id(
+    tensors: tuple[PlannedTensor, ...],
+    models: tuple[PlannedModel, ...],
+    groups: tuple[tuple[str, ...], ...],
+    metadata: Mapping[str, str],
+    side: Mapping[str, tuple[Source, ...]],
+    seed: int,
+) -> str:
+    """Hash of everything that the output's bytes depend on; folders, memory, chunks and workers are not among it."""
+    record = {
+        "result": RESULT_VERSION,
+        "tensors": _TENSORS.dump_python(tensors, mode="json"),
+        "models": [model.fingerprint for model in models],
+        "groups": groups,
+        "metadata": dict(metadata),
+        "side": _SIDE.dump_python(dict(side), mode="json"),
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+_TENSORS = pydantic.TypeAdapter(tuple[PlannedTensor, ...])
+_SIDE = pydantic.TypeAdapter(dict[str, tuple[Source, ...]])

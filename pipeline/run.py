@@ -1,0 +1,728 @@
+"""Running a plan, or going on with it: Dask graphs over a thread pool, shards sealed as they fill, the index last.
+
+The main thread only waits, so that it can be interrupted. A few driver threads take bundle after bundle and hand each
+to Dask's threaded scheduler; all bundles share one pool. A finished unit is committed to the journal once it is
+durable; a finished tensor leaves its statistics behind and counts down its shard; a shard whose tensors are all there
+is sealed on a thread of its own, beside the work on the next. Running again replays the journal and does the rest.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from mergepipe.errors import InputChangedError, Interrupted, WorkspaceError
+from mergepipe.pipeline import devices, outputs, recheck
+from mergepipe.pipeline.admission import Admission
+from mergepipe.pipeline.commits import Committer, DoneUnit
+from mergepipe.pipeline.eventlog import EventLog
+from mergepipe.pipeline.events import (
+    Announcer,
+    Listener,
+    Note,
+    RunFinished,
+    RunStarted,
+    ShardSealed,
+    TensorFinished,
+    UnitFinished,
+)
+from mergepipe.pipeline.graph import MAX_BUNDLE_BYTES, Graph, bundles, count_tasks, run_bundle, tensor_graph
+from mergepipe.pipeline.handover import SHARDS_OPEN, check_command, hand_over, handed_record
+from mergepipe.pipeline.masks import TaskMasks
+from mergepipe.pipeline.materialize import write_head
+from mergepipe.pipeline.measure import Meter
+from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling, cpu_count, parse_bytes
+from mergepipe.pipeline.plan import Plan, Source
+from mergepipe.pipeline.resume import (
+    Progress,
+    begin_record,
+    merged,
+    plan_record,
+    remaining,
+    round_record,
+    sealed_record,
+    state_record,
+)
+from mergepipe.pipeline.rounds import RoundId, SharedStates, groups
+from mergepipe.pipeline.schedule import ScheduledTensor, held_for_matrices, is_resident, pool_bytes, schedule
+from mergepipe.storage.atomic import no_room_errors
+from mergepipe.storage.direct import DirectReader, supports_direct
+from mergepipe.storage.journal import Journal
+from mergepipe.storage.layout import OutputTensor, PlacedTensor
+from mergepipe.storage.manifest import ChunkManifest
+from mergepipe.storage.readers import MmapReader, Reader
+from mergepipe.storage.statistics import StatisticsStore
+from mergepipe.storage.workspace import Workspace, WorkspaceLock
+from mergepipe.storage.writer import PAGE, SealedShard, ShardWriter, crc32c, publish_part, sync_folder
+from mergepipe.tasks.method import Array, Job, MergeMethod, State
+from mergepipe.tasks.nodes import MatrixWork, Nowhere, TensorCopy, TensorSource, TensorWork, WorkerBuffers
+from mergepipe.tasks.registry import method as find_method
+from mergepipe.tasks.subspace.report import readable
+
+Verify = Literal["none", "sample", "full"]
+ReaderKind = Literal["auto", "mmap", "direct"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run leaves behind.
+
+    Attributes
+    ----------
+    output : Path
+        The merged checkpoint's folder.
+    manifest : dict
+        Contents of its `mergepipe_manifest.json`.
+    """
+
+    output: Path
+    manifest: dict[str, Any]
+
+
+def run(
+    work: str | Path = ".mergepipe",
+    *,
+    memory: str | int | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    reader: ReaderKind = "auto",
+    sha256: bool = True,
+    verify: Verify = "sample",
+    restart: bool = False,
+    on_shard: str | None = None,
+    stop: threading.Event | None = None,
+    on_event: Listener | None = None,
+) -> Result:
+    """Carry out the plan of a workspace, or go on with it where an earlier run ended.
+
+    Parameters
+    ----------
+    work : path
+        The workspace that `build` wrote.
+    memory : size, optional
+        Ceiling of this run ("2GiB"); the plan's by default.
+    workers : int, optional
+        Threads that compute; one per processor by default.
+    device : str
+        'cpu', 'cuda', 'cuda:N', or 'auto' for the first GPU if there is one: where whole matrices are worked on.
+    reader : {'auto', 'mmap', 'direct'}
+        How inputs are read: through windows onto the page cache, or past it; past it where all filesystems allow that.
+    sha256 : bool
+        Whether to record the SHA-256 of each shard.
+    verify : {'none', 'sample', 'full'}
+        How much of the work of an earlier run is read back and checked before it is believed.
+    restart : bool
+        Forget the work of earlier runs.
+    on_shard : str, optional
+        A command for the shell that takes each complete shard over, `{path}` in it being the file; see
+        :mod:`mergepipe.pipeline.handover`. Only a few unfinished shards take up disk space then.
+    stop : threading.Event, optional
+        Set it (from a signal handler, say) to end the run: units at work are finished and committed first.
+    on_event : callable, optional
+        Told what happens; see :mod:`mergepipe.pipeline.events`.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    WorkspaceError
+        If there is no plan, or one of another version, or another process is at work on it.
+    InputChangedError
+        If an input file is no longer what it was when the plan was made.
+    MemoryBudgetError, DiskFullError
+        If the ceiling or the disk does not suffice.
+    HandOverError
+        If the command `on_shard` fails; the shard is kept.
+    NonFiniteError
+        If an input tensor holds a NaN or an infinity.
+    Interrupted
+        If the process was asked to stop; what was done is kept.
+    """
+    if on_shard is not None:
+        check_command(on_shard)
+    workspace = Workspace(Path(work))
+    workspace.read_plan()  # says so if there is none; a lock needs a folder to be in
+    log = EventLog(workspace.events_file, also=on_event)
+    with no_room_errors(workspace.root), WorkspaceLock(workspace), log:
+        announce = Announcer(log)
+        plan = Plan.from_json(workspace.read_plan())
+        _check_version(plan, workspace)
+        complete = None if restart else outputs.finished(plan)
+        if complete is not None:
+            _hand_over_single(plan, workspace, on_shard)
+            announce(Note(f"'{plan.output}' is complete already: nothing to do"))
+            return Result(Path(plan.output), complete)
+        if restart and workspace.begun():
+            outputs.remove_work(plan)
+            workspace.forget_progress()
+        with Meter() as meter:
+            ended = stop or threading.Event()
+            job = _Run(plan, workspace, memory, workers, device, reader, sha256, on_shard, ended, announce)
+            sealed = job.execute(verify)
+        manifest = outputs.manifest(
+            plan, sealed, job.densities, meter, job.workers, device=job.device, matrices=job.matrices
+        )
+        for number, entry in enumerate(manifest["shards"]):
+            if number in job.handed:
+                entry["handed_over"] = True
+        outputs.publish(plan, manifest)
+        _hand_over_single(plan, workspace, on_shard)
+        announce(RunFinished(plan.output, meter.seconds))
+    return Result(Path(plan.output), manifest)
+
+
+def _check_version(plan: Plan, workspace: Workspace) -> None:
+    """A plan is carried out by the version that made it: another may merge the same recipe into other bytes."""
+    if plan.version != version("mergepipe"):
+        raise WorkspaceError(
+            f"the plan in '{workspace.root}' was made by mergepipe {plan.version}, this is {version('mergepipe')}: "
+            f"build it again, or finish it with the version that began it"
+        )
+
+
+def _hand_over_single(plan: Plan, workspace: Workspace, command: str | None) -> None:
+    """A single file gets its name last of all, and is handed over after that."""
+    if command is None or len(plan.groups) > 1:
+        return
+    with closing(Journal(workspace.journal_file)) as journal:
+        if 0 not in Progress.replay(journal.records).handed:
+            hand_over(command, Path(plan.output) / plan.layout().shards[0].file)
+            journal.append([handed_record(0)])
+
+
+class _Run:
+    """One execution of one plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        workspace: Workspace,
+        memory: str | int | None,
+        workers: int | None,
+        device: str,
+        reader: ReaderKind,
+        sha256: bool,
+        on_shard: str | None,
+        stop: threading.Event,
+        announce: Announcer,
+    ) -> None:
+        self.plan = plan
+        self.workspace = workspace
+        self.announce = announce
+        self.workers = workers or cpu_count()
+        self.sha256 = sha256
+        self.on_shard = on_shard
+        self.manifests = [
+            ChunkManifest.load(workspace.manifest_file(number, model.label)) for number, model in enumerate(plan.models)
+        ]
+        _check_inputs(self.manifests)
+        ceiling = Ceiling(parse_bytes(memory) if memory is not None else plan.allowed, self.workers)
+        direct = reader == "direct" or (reader == "auto" and _all_direct(self.manifests))
+        gathered = [direct or not manifest.is_mappable for manifest in self.manifests]
+        self.scheduled = schedule(plan, ceiling, gathered=gathered)
+        self._whole = any(item.held for item in self.scheduled)
+        self._asked_device = device
+        self._admission = Admission(held_for_matrices(self.scheduled, ceiling.allowed), self._check_stop)
+        self._element_wise = threading.BoundedSemaphore(TENSORS_IN_FLIGHT)
+        self._pool_bytes = pool_bytes(self.scheduled)
+        self.layout = plan.layout()
+        self.places = self.layout.places
+        self.folder = Path(plan.output)
+        self.densities: dict[str, list[float]] = {}
+        self.matrices: dict[str, dict[str, Any]] = {}
+        self.handed: set[int] = set()
+        self._direct = direct
+        self._reader: Reader = DirectReader(self._pool_bytes) if direct else MmapReader()
+        self._buffers = WorkerBuffers()
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._errors: list[BaseException] = []
+        self._turn = threading.Lock()
+        self._writers: dict[int, ShardWriter] = {}
+        self._unfinished: set[int] = set()
+        self._sealed: list[Future[SealedShard]] = []
+        self._works: dict[int, TensorWork | TensorCopy] = {}
+
+    def execute(self, verify: Verify) -> list[SealedShard]:
+        """Do everything up to the sealing of the last shard."""
+        self._journal = Journal(self.workspace.journal_file)
+        self._masks = TaskMasks(self.plan)
+        try:
+            self._progress = self._resume(verify)
+            self.handed = set(self._progress.handed)
+            self._settle_device()
+            self._open_shards()
+            with devices.one_thread(self._whole):
+                sealed = self._compute()
+            _check_inputs(self.manifests)
+            return sealed
+        finally:
+            for writer in self._writers.values():
+                writer.close()
+            self._masks.close()
+            self._reader.close()
+            self._journal.close()
+
+    def _resume(self, verify: Verify) -> Progress:
+        """What earlier runs have done, and is still there to see."""
+        progress = Progress.replay(self._journal.records)
+        if progress.plan is not None and (progress.plan, progress.version) != (self.plan.id, self.plan.version):
+            raise WorkspaceError(
+                f"the unfinished work in '{self.workspace.root}' belongs to another plan or version "
+                f"({progress.version}): finish it with that, or drop it with `mergepipe run --restart`"
+            )
+        torn = self._journal.torn_bytes
+        began = progress.plan is not None
+        # A journal torn in its first record is one whose run had found the folder empty.
+        ours = outputs.work_names(self.plan) if began or torn else set()
+        outputs.check_folder(self.folder, [model.path for model in self.plan.models], ours)
+        outputs.sweep(self.plan)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = [tensor.name for tensor in self.plan.tensors]
+        self._statistics = StatisticsStore(self.workspace.statistics, names, resume=began)
+        if torn:
+            self.announce(Note(f"dropped a damaged end of {torn:,} bytes from the journal: that work is done again"))
+        self._journal.append([begin_record()] if began else [plan_record(self.plan), begin_record()])
+        if not began:
+            return progress
+        self._redo_damaged(progress, verify)
+        done = progress.done_bytes(self.plan)
+        self.announce(Note(f"going on with an earlier run: {done:,} of {self.layout.nbytes:,} bytes are done"))
+        return progress
+
+    def _settle_device(self) -> None:
+        """Whole matrices are worked on where earlier runs of this plan did."""
+        recorded = self._progress.device
+        self.device = devices.choose(self._asked_device, recorded, needed=self._whole)
+        if self._whole and recorded is None:
+            self._journal.append([devices.device_record(self.device)])
+
+    def _redo_damaged(self, progress: Progress, verify: Verify) -> None:
+        """Forget what can't be believed: first in the journal, then on disk, so that a name never stands for damage."""
+        damage = recheck.check(progress, self.plan, self.layout, self.folder, verify)
+        if not damage:
+            return
+        record = damage.record()
+        self._journal.append([record])
+        progress.add(record)
+        for shard in damage.shards:
+            (self.folder / self.layout.shards[shard].file).unlink(missing_ok=True)
+        for text in damage.notes:
+            self.announce(Note(text))
+
+    def _open_shards(self) -> None:
+        """Allocate every shard that is not complete; give those their names that were sealed but not renamed.
+
+        With `on_shard` shards are allocated one by one, when the first of their tensors is due.
+        """
+        for number, shard in enumerate(self.layout.shards):
+            if number not in self._progress.sealed:
+                if self.on_shard is None:
+                    self._writer(number)
+            elif len(self.layout.shards) > 1 and number not in self._progress.handed:
+                publish_part(self.folder / shard.file)
+        sync_folder(self.folder)
+
+    def _mark_done(self, shard: int, writer: ShardWriter) -> None:
+        for number, written in self._progress.written.items():
+            place = self.places[self.plan.tensors[number].name]
+            if place.shard == shard:
+                for start, stop in merged(written):
+                    writer.mark(place.offset + start, place.offset + stop)
+
+    def _writer(self, shard: int) -> ShardWriter:
+        """The writer of a shard, opened at its first use."""
+        with self._lock:
+            if shard not in self._writers:
+                writer = self._writers[shard] = ShardWriter(self.folder, self.layout.shards[shard])
+                self._mark_done(shard, writer)
+                self._unfinished.add(shard)
+            return self._writers[shard]
+
+    def _make_room(self, shard: int) -> None:
+        """Wait until this shard may be opened: each one takes up its whole size on disk."""
+        while self.on_shard is not None and shard not in self._writers and len(self._unfinished) >= SHARDS_OPEN:
+            self._check_stop()
+            time.sleep(0.02)
+        self._check_stop()
+        self._writer(shard)
+
+    def _compute(self) -> list[SealedShard]:
+        self._plan_rest()
+        total = sum(item.bytes_read + item.tensor.output.nbytes for item in self.scheduled)
+        left = sum(self._bytes_left(number) for number in self._todo)
+        self.announce(RunStarted(total, len(self.scheduled), total - left))
+        self._committer = Committer(self._journal, self._sync, self._fail)
+        self._sealer = ThreadPoolExecutor(1, "mergepipe-seal")
+        pool = ThreadPoolExecutor(self.workers, "mergepipe-worker")
+        try:
+            for shard in sorted(self._progress.sealed.keys() - self._progress.handed):
+                self._sealer.submit(self._hand_over_now, shard)
+            for shard in [shard for shard, count in self._open_tensors.items() if count == 0]:
+                self._seal(shard)
+            self._make_rounds(pool)
+            self._masks.open(self._rounds.state_of, begun=bool(self._progress.written or self._progress.sealed))
+            self._drive(self._bundles(), lambda bundle: self._run(bundle, pool))
+            self._committer.commit()
+            self._masks.finish()
+            self._keep_heads()
+            sealed = self._all_sealed()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._sealer.shutdown()
+            self._committer.close()
+            self._statistics.flush()
+        return sorted([*sealed, *self._progress.sealed.values()], key=lambda shard: shard.file)
+
+    def _sync(self, shard: int) -> None:
+        """Make durable what was written to a shard, and the masks beside it."""
+        self._masks.sync()
+        self._writers[shard].sync()
+
+    def _plan_rest(self) -> None:
+        """Cut out what is done: `_todo` are the tensors left, `_open_tensors` counts them per unsealed shard."""
+        self._rounds = SharedStates(groups(self.plan), self._progress.rounds)
+        self._todo: list[int] = []
+        self._rest: dict[int, ScheduledTensor] = {}
+        unsealed = (shard for shard in range(len(self.layout.shards)) if shard not in self._progress.sealed)
+        self._open_tensors = dict.fromkeys(unsealed, 0)
+        for number, item in enumerate(self.scheduled):
+            shard = self.places[item.tensor.name].shard
+            state = self._progress.states.get(number)
+            if state is not None:
+                self._keep(number, state)
+            if shard in self._progress.sealed:
+                continue
+            rest = remaining(item, self._progress.written.get(number, ()))
+            if rest.units or not item.units:
+                self._todo.append(number)
+                self._rest[number] = rest
+                self._open_tensors[shard] += 1
+        if self.on_shard is not None:
+            self._todo.sort(key=self._shard)
+
+    def _bytes_left(self, number: int) -> int:
+        item, rest = self.scheduled[number], self._rest[number]
+        share = len(rest.units) / max(1, len(item.units))
+        sweeps = 0 if number in self._progress.states else len(item.sweeps)
+        sweeps += sum(len(one.reductions(item.tensor.job(self.plan.seed))) for one in self._rounds.left_of(number))
+        return int(item.tensor.input_bytes() * (sweeps + share) + item.tensor.output.nbytes * share)
+
+    def _make_rounds(self, pool: ThreadPoolExecutor) -> None:
+        """Find out what has to be known of the whole model, unless an earlier run has."""
+        for which in self._rounds.left() if self._todo else ():
+            group = self._rounds.groups[which[0]]
+            one, items = group.rounds[which[1]], [self.scheduled[number] for number in group.numbers]
+            pairs = zip(group.jobs, items, strict=True)
+            tasks = [count_tasks(len(one.reductions(job)), len(item.units)) for job, item in pairs]
+            cut = bundles(tasks, [item.tensor.input_bytes() for item in items])
+            waiting = ([group.numbers[position] for position in bundle] for bundle in cut)
+            self._drive(waiting, partial(self._sweep, which, pool))
+            self._committer.record(round_record(*which, self._rounds.finish(which)))
+
+    def _sweep(self, which: RoundId, pool: ThreadPoolExecutor, bundle: Sequence[int]) -> None:
+        """One round over some tensors."""
+        with self._element_wise:
+            run_bundle([self._round_graph(which, number) for number in bundle], pool)
+
+    def _round_graph(self, which: RoundId, number: int) -> Graph:
+        def collect(state: State) -> None:
+            self._statistics.put(number, state)
+            self._rounds.collect(which, number, state)
+
+        tensor, group = self.plan.tensors[number], self._rounds.groups[which[0]]
+        job = group.jobs[group.numbers.index(number)]
+        work = TensorWork(
+            *self._inputs(number),
+            (),
+            self._reader,
+            Nowhere(),
+            self._buffers,
+            self._check_stop,
+            self._reporter(number),
+            sweep_units=self.scheduled[number].units,
+            on_state=collect,
+            resident=self._is_resident(number),
+            shared=self._rounds.state_of(number),
+            sweeps=group.rounds[which[1]].reductions(job),
+        )
+        work.begin()
+        return tensor_graph(tensor.name, work, lambda _name, _sweeps: work.end())
+
+    def _drive(self, waiting: Iterator[list[int]], run: Callable[[list[int]], None]) -> None:
+        """Feed the bundles to Dask from a few threads, and wait for them in a way that Ctrl-C can interrupt."""
+        drivers = [
+            threading.Thread(target=self._driver, args=(waiting, run), name=f"mergepipe-driver-{n}")
+            for n in range(max(TENSORS_IN_FLIGHT, self.workers if self._whole else 0))
+        ]
+        for driver in drivers:
+            driver.start()
+        try:
+            for driver in drivers:
+                while driver.is_alive():
+                    driver.join(0.1)
+        except KeyboardInterrupt:
+            self._stop.set()
+            for driver in drivers:
+                driver.join()
+        if self._errors:
+            raise self._errors[0]
+        self._check_stop()
+
+    def _bundles(self) -> Iterator[list[int]]:
+        """Numbers of the tensors of each bundle; of one shard only where shards are handed over one by one."""
+        for _, group in groupby(self._todo, lambda number: self.on_shard is None or self._shard(number)):
+            numbers = list(group)
+            rest = [self._rest[number] for number in numbers]
+            # A whole matrix has a bundle for itself: it waits for its memory alone.
+            nbytes = [MAX_BUNDLE_BYTES + 1 if item.held else item.tensor.input_bytes() for item in rest]
+            for bundle in bundles([item.tasks for item in rest], nbytes):
+                chosen = [numbers[position] for position in bundle]
+                for number in chosen:
+                    self._make_room(self._shard(number))
+                yield chosen
+
+    def _shard(self, number: int) -> int:
+        return self.places[self.plan.tensors[number].name].shard
+
+    def _driver(self, waiting: Iterator[list[int]], run: Callable[[list[int]], None]) -> None:
+        while not self._stop.is_set():
+            try:
+                with self._turn:
+                    bundle = next(waiting, [])
+                if not bundle:
+                    return
+                run(bundle)
+            except BaseException as error:
+                self._fail(error)
+
+    def _run(self, bundle: Sequence[int], pool: ThreadPoolExecutor) -> None:
+        """Make some tensors of the output."""
+        with self._admitted(bundle):
+            run_bundle([self._graph(number) for number in bundle], pool)
+
+    def _admitted(self, bundle: Sequence[int]) -> AbstractContextManager[object]:
+        """A whole matrix waits for its bytes, a bundle of other tensors for its turn."""
+        held = sum(self.scheduled[number].held for number in bundle)
+        return self._admission.holding(held) if held else self._element_wise
+
+    def _fail(self, error: BaseException) -> None:
+        """Whatever fails ends the run; the first error is the one to report."""
+        with self._lock:
+            if not isinstance(error, Interrupted):
+                self._errors.append(error)
+        self._stop.set()
+
+    def _graph(self, number: int) -> Graph:
+        work = self._work(number)
+        with self._lock:
+            self._works[number] = work
+        work.begin()
+        return tensor_graph(self.plan.tensors[number].name, work, lambda _name, _units: self._finish(number))
+
+    def _work(self, number: int) -> TensorWork | TensorCopy:
+        rest, tensor, report = self._rest[number], self.plan.tensors[number], self._reporter(number)
+        sink = _Sink(number, self.places[tensor.name], self._writers, self._committer, self._masks)
+        if tensor.action == "copy":
+            assert tensor.base is not None, "a copied tensor has a source"
+            return TensorCopy(self._source(tensor.base), rest.units, self._reader, sink, self._check_stop, report)
+        kind = partial(MatrixWork, device=self.device) if self.scheduled[number].held else TensorWork
+        return kind(
+            *self._inputs(number),
+            rest.units,
+            self._reader,
+            sink,
+            self._buffers,
+            self._check_stop,
+            report,
+            sweep_units=self.scheduled[number].units,
+            state=self._progress.states.get(number),
+            on_state=lambda state: self._found(number, state),
+            resident=self._is_resident(number),
+            shared=self._rounds.state_of(number),
+        )
+
+    def _inputs(self, number: int) -> tuple[Job, MergeMethod, TensorSource | None, list[TensorSource], str]:
+        tensor = self.plan.tensors[number]
+        base = None if tensor.base is None else self._source(tensor.base)
+        models = [self._source(source) for source in tensor.models]
+        return tensor.job(self.plan.seed), find_method(tensor.method), base, models, tensor.dtype
+
+    def _reporter(self, number: int) -> Callable[[str, int], None]:
+        name = self.plan.tensors[number].name
+        return lambda stage, nbytes: self.announce(UnitFinished(name, stage, nbytes))
+
+    def _is_resident(self, number: int) -> bool:
+        return not self._direct or is_resident(self.scheduled[number], self._pool_bytes)
+
+    def _source(self, source: Source) -> TensorSource:
+        model = self.plan.models[source.model]
+        return TensorSource(model.path, self.manifests[source.model], source.name, source.dtype)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted(
+                f"interrupted; what was done is kept, `mergepipe run --work {self.workspace.root}` goes on with it"
+            )
+
+    def _found(self, number: int, state: State) -> None:
+        """The reductions of a tensor are done: keep what they found, here and for a resume."""
+        lost = readable(state).get("directions_lost", 0)
+        if lost:
+            self.announce(
+                Note(
+                    f"'{self.plan.tensors[number].name}': {lost} of the directions asked for are zero or follow from "
+                    f"others (a model equal to another or to the base, or a low-rank update): they are left out"
+                )
+            )
+        self._statistics.put(number, state)
+        self._keep(number, state)
+        self._committer.add_record(state_record(number, state))
+
+    def _keep(self, number: int, state: State) -> None:
+        self._statistics.put(number, {name: value for name, value in state.items() if name != "histogram"})
+        if "densities" in state:
+            name = self.plan.tensors[number].name
+            with self._lock:
+                self.densities[name] = [float(density) for density in state["densities"]]
+        if found := readable(state):
+            with self._lock:
+                self.matrices[self.plan.tensors[number].name] = found
+
+    def _finish(self, number: int) -> None:
+        """A tensor is complete: seal its shard if it was the last one there."""
+        name = self.plan.tensors[number].name
+        shard = self.places[name].shard
+        with self._lock:
+            work = self._works.pop(number)
+            self._open_tensors[shard] -= 1
+            complete = self._open_tensors[shard] == 0
+        work.end()
+        self.announce(TensorFinished(name))
+        if complete:
+            self._seal(shard)
+        else:
+            self._sealer.submit(self._follow, shard)
+
+    def _follow(self, shard: int) -> None:
+        """Hash what is there of a shard already; what fails here fails again when it is sealed."""
+        if not self._stop.is_set():
+            self._writer(shard).follow(sha256=self.sha256)
+
+    def _keep_heads(self) -> None:
+        """Write the heads that models keep for themselves, each a small checkpoint beside the merge."""
+        for label, sources in self.plan.side.items():
+            number = sources[0].model
+            manifest = self.manifests[number]
+            tensors = [OutputTensor(s.name, s.dtype, manifest.arrays[s.name].shape) for s in sources]
+            folder = self.folder / outputs.HEADS_FOLDER / label
+            write_head(folder, Path(self.plan.models[number].path), tensors, manifest, self._reader)
+
+    def _seal(self, shard: int) -> None:
+        self._sealed.append(self._sealer.submit(self._seal_now, shard))
+
+    def _seal_now(self, number: int) -> SealedShard:
+        """Seal, record, rename: once the record is there, the file is whole under one of its two names."""
+        try:
+            self._check_stop()
+            writer = self._writer(number)
+            self._committer.commit()
+            sealed = writer.seal(sha256=self.sha256)
+            self._committer.record(sealed_record(number, sealed))
+            if len(self.layout.shards) > 1:
+                writer.publish()
+            self.announce(ShardSealed(sealed.file, sealed.size))
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self._hand_over_now(number)
+        return sealed
+
+    def _hand_over_now(self, number: int) -> None:
+        """Give a complete shard to the user's command; a failure ends the run."""
+        try:
+            if self.on_shard is not None and len(self.layout.shards) > 1:
+                self._check_stop()
+                hand_over(self.on_shard, self.folder / self.layout.shards[number].file)
+                self._committer.record(handed_record(number))
+                self.handed.add(number)
+            self._unfinished.discard(number)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _all_sealed(self) -> list[SealedShard]:
+        """Wait for the sealing of all shards."""
+        try:
+            return [future.result() for future in self._sealed]
+        except Interrupted:
+            if self._errors:
+                raise self._errors[0] from None
+            raise
+
+
+class _Sink:
+    """Writes units of one tensor into its shard, and hands them to the committer."""
+
+    def __init__(
+        self,
+        number: int,
+        place: PlacedTensor,
+        writers: dict[int, ShardWriter],
+        committer: Committer,
+        masks: TaskMasks,
+    ) -> None:
+        self._number = number
+        self._masks = masks
+        self._place = place
+        self._writer = writers[place.shard]
+        self._committer = committer
+
+    def place(self, offset: int) -> int:
+        """Where in a page of the shard the byte `offset` of the tensor lies."""
+        return (self._place.offset + offset) % PAGE
+
+    def __call__(self, offset: int, data: Array) -> None:
+        raw = data.reshape(-1).view("u1")
+        self._writer.write(self._place.offset + offset, raw)
+        self._committer.add(DoneUnit(self._number, self._place.shard, offset, offset + raw.nbytes, crc32c(raw)))
+
+    def mask(self, model: int, start: int, bits: Array) -> None:
+        """Keep a model's mask of the elements from `start` on."""
+        self._masks.write(self._number, model, start, bits)
+
+
+def _all_direct(manifests: Sequence[ChunkManifest]) -> bool:
+    """Whether everything can be read past the page cache; one file of each folder answers for the others."""
+    files = {Path(info.path).parent: info.path for manifest in manifests for info in manifest.files}
+    return all(supports_direct(path) for path in files.values())
+
+
+def _check_inputs(manifests: Sequence[ChunkManifest]) -> None:
+    """Refuse to read files that are not the ones the plan was made for."""
+    for manifest in manifests:
+        for info in manifest.files:
+            try:
+                status = Path(info.path).stat()
+            except FileNotFoundError:
+                raise InputChangedError(
+                    f"'{info.path}' is gone since the plan was made: bring it back, or build again"
+                ) from None
+            found = (status.st_size, status.st_mtime_ns, status.st_ino)
+            if found != (info.size, info.mtime_ns, info.inode):
+                raise InputChangedError(
+                    f"'{info.path}' changed since the plan was made (size, time and inode were {info.size:,}, "
+                    f"{info.mtime_ns}, {info.inode} and are {found[0]:,}, {found[1]}, {found[2]}): "
+                    f"build again, or bring the old file back"
+                )

@@ -1,0 +1,259 @@
+"""How a plan is cut into units under a memory ceiling: pure arithmetic, decided anew for every run.
+
+A unit is a run of whole blocks, about `chunk_bytes` of output; it shrinks until all workers fit under the ceiling. The
+cut changes no byte of the result, only how much memory and how many tasks it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mergepipe.errors import MemoryBudgetError
+from mergepipe.pipeline.graph import count_tasks
+from mergepipe.pipeline.memory import (
+    MIB,
+    RESERVED_BYTES,
+    TORCH_BYTES,
+    Ceiling,
+    MatrixShape,
+    TensorShape,
+    UnitShape,
+    accumulator_bytes,
+    blocks_in,
+    matrix_bytes,
+    projected_bytes,
+)
+from mergepipe.pipeline.plan import Plan, PlannedTensor
+from mergepipe.pipeline.rounds import sweeps_ahead
+from mergepipe.storage.direct import SLACK_BYTES
+from mergepipe.storage.dtypes import DTYPES
+from mergepipe.tasks.method import Reduction, block_elements
+from mergepipe.tasks.registry import method as find_method
+from mergepipe.tasks.subspace.panels import UNIT_ELEMENTS, blocks_of, panel_floats, spans
+
+Ahead = Mapping[str, tuple[Reduction, ...]]
+"""The sweeps of rounds, by name of the tensor."""
+
+RESIDENT_SHARE = 2
+"""How many tensor sets of its size a pool has to hold for one to be kept: one is computed while the next is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledTensor:
+    """One tensor, cut into units.
+
+    Attributes
+    ----------
+    tensor : PlannedTensor
+    units : tuple of (int, int)
+        First and one past the last block of each unit; elements instead of blocks for a tensor that is copied.
+    sweeps : tuple of str
+        Names of its reductions.
+    projected : int
+        Memory of the whole process while its units run.
+    pool : int
+        What is left for a direct reader's pool while its units run; 0 where inputs are mapped.
+    steps : tuple of str
+        What is done between reductions and output, for a method that looks at the whole matrix.
+    held : int
+        Bytes that a whole matrix has to be admitted for; 0 for all other tensors.
+    rounds : tuple of str
+        Names of the sweeps over it that come first, for what has to be known of the whole model.
+    """
+
+    tensor: PlannedTensor
+    units: tuple[tuple[int, int], ...]
+    sweeps: tuple[str, ...]
+    projected: int
+    pool: int = 0
+    steps: tuple[str, ...] = ()
+    held: int = 0
+    rounds: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> int:
+        """Nodes of its graph."""
+        own = count_tasks(len(self.sweeps), len(self.units), len(self.steps))
+        return own + (count_tasks(len(self.rounds), len(self.units)) if self.rounds else 0)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes its sweeps and its kernel ask for; a repeated read may come from the page cache."""
+        return self.tensor.input_bytes() * (len(self.rounds) + len(self.sweeps) + 1 + bool(self.steps))
+
+
+def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> tuple[ScheduledTensor, ...]:
+    """Cut every tensor of a plan into units.
+
+    Parameters
+    ----------
+    plan : Plan
+    ceiling : Ceiling
+    gathered : sequence of bool
+        For each model whether its units are gathered into buffers: a copy store whose chunks are separate files, or
+        anything that a direct reader reads.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If a unit of one block, or a whole matrix, does not fit; names it and the smallest ceiling that would do.
+    """
+    ahead = sweeps_ahead(plan)
+    found = {tensor.name: _matrix(tensor, plan, gathered, ceiling.workers, ahead) for tensor in plan.tensors}
+    whole = {name: shape for name, shape in found.items() if shape is not None}
+    if not whole:
+        return tuple(_cut(tensor, plan, ceiling, gathered, ahead) for tensor in plan.tensors)
+    # The largest matrix is set apart first: element-wise tensors, whose units can shrink, share the rest.
+    needs = {name: matrix_bytes(shape, ceiling.workers) for name, shape in whole.items()}
+    largest = max(needs, key=lambda name: needs[name])
+    rest = replace(ceiling, reserved=ceiling.reserved + TORCH_BYTES + needs[largest])
+    others = [tensor for tensor in plan.tensors if tensor.name not in whole]
+    smallest = rest.reserved + max((_smallest(tensor, plan, ceiling, ahead) for tensor in others), default=0)
+    if smallest > ceiling.allowed:
+        raise MemoryBudgetError(
+            f"'{largest}' is worked on as a whole matrix and does not fit the memory ceiling: it takes "
+            f"{needs[largest] / MIB:,.0f} MiB, {ceiling.allowed / MIB:,.0f} MiB are allowed for everything; the "
+            f"smallest ceiling that would do is --memory {-(-smallest // MIB)}MiB; or lower the rank, or exclude it"
+        )
+    return tuple(
+        _whole(tensor, plan, ceiling, whole[tensor.name], ahead)
+        if tensor.name in whole
+        else _cut(tensor, plan, rest, gathered, ahead)
+        for tensor in plan.tensors
+    )
+
+
+def held_for_matrices(scheduled: Sequence[ScheduledTensor], allowed: int) -> int:
+    """Bytes that matrices in flight may take together: what is left beside the program and element-wise tensors."""
+    largest = max((item.held for item in scheduled), default=0)
+    beside = max(
+        (item.projected - largest for item in scheduled if not item.held), default=RESERVED_BYTES + TORCH_BYTES
+    )
+    return max(largest, allowed - beside)
+
+
+def _whole(tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, shape: MatrixShape, ahead: Ahead) -> ScheduledTensor:
+    """A whole matrix: its units are panels of its own shape, whatever the chunk size and the ceiling."""
+    job = tensor.job(plan.seed)
+    method = find_method(tensor.method)
+    matrix = method.whole(job)
+    assert matrix is not None, "looked at before"
+    rows = (tensor.shape[0], tensor.shape[1])
+    units = tuple(blocks_of(rows, span) for span in spans(rows, UNIT_ELEMENTS))
+    held = matrix_bytes(shape, ceiling.workers)
+    projected = ceiling.reserved + TORCH_BYTES + held
+    sweeps = tuple(sweep.name for sweep in method.reductions(job))
+    pool = ceiling.allowed - projected
+    rounds = tuple(sweep.name for sweep in ahead.get(tensor.name, ()))
+    return ScheduledTensor(tensor, units, sweeps, projected, pool, steps=matrix.steps(job), held=held, rounds=rounds)
+
+
+def _matrix(
+    tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool], workers: int, ahead: Ahead
+) -> MatrixShape | None:
+    """What a tensor's memory depends on if its method looks at it whole, else None."""
+    if tensor.action == "copy":
+        return None
+    job = tensor.job(plan.seed)
+    matrix = find_method(tensor.method).whole(job)
+    if matrix is None:
+        return None
+    rows = (tensor.shape[0], tensor.shape[1])
+    unit, kept, _ = _unit(tensor, plan, gathered, ahead)
+    # With nothing to thin, a panel is made from the base and one model, and rows of the output from the base.
+    thins = job.sparsify != "none"
+    # Whether windows are gathered is known only when the plan is run, and units can't shrink: they count as gathered.
+    unit = replace(unit, elements=panel_floats(rows, UNIT_ELEMENTS), gathered=True)
+    return MatrixShape(
+        held=matrix.peak(job),
+        unit_elements=unit.elements,
+        output_itemsize=unit.output_itemsize,
+        unit_bytes=projected_bytes(replace(unit, output_itemsize=0, inputs=unit.inputs if thins else 1)),
+        panel_bytes=panel_floats(rows) * (unit.inputs if thins else 2) * unit.input_itemsize,
+        kept=accumulator_bytes(kept, workers),
+    )
+
+
+def _smallest(tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, ahead: Ahead) -> int:
+    """Bytes that an element-wise tensor takes at the least, however it is read."""
+    gathered = [True] * len(plan.models)
+    if tensor.action == "copy":
+        return _cut(tensor, plan, ceiling, gathered, ahead).projected - ceiling.reserved
+    unit, kept, block = _unit(tensor, plan, gathered, ahead)
+    return ceiling.smallest(unit, kept, block)
+
+
+def pool_bytes(scheduled: Sequence[ScheduledTensor]) -> int:
+    """Memory for a direct reader's pool: what every tensor leaves for it, and no more than all their inputs take."""
+    inputs = sum(_resident_bytes(item) for item in scheduled)
+    return max(0, min([inputs, *(item.pool for item in scheduled)]))
+
+
+def is_resident(item: ScheduledTensor, pool: int) -> bool:
+    """Whether a direct reader can keep all of a tensor's inputs, and those of others beside, until the last use."""
+    return RESIDENT_SHARE * _resident_bytes(item) <= pool
+
+
+def _resident_bytes(item: ScheduledTensor) -> int:
+    windows = len(item.units) * max(1, len(item.tensor.sources))
+    return item.tensor.input_bytes() + windows * SLACK_BYTES
+
+
+def _cut(
+    tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, gathered: Sequence[bool], ahead: Ahead
+) -> ScheduledTensor:
+    size = int(np.prod(tensor.shape, dtype=np.int64))
+    itemsize = DTYPES[tensor.dtype].itemsize
+    gathers = any(gathered[source.model] for source in tensor.sources) if gathered else False
+    if tensor.action == "copy":
+        # A copied window is mapped and written: it takes memory only where it has to be gathered.
+        step = max(1, plan.chunk_bytes // itemsize)
+        units = tuple((start, min(start + step, size)) for start in range(0, size, step))
+        unit = UnitShape(min(step, size), 1, itemsize, 0, 0, 0, gathers)
+        none = TensorShape(0, 0)
+        return ScheduledTensor(tensor, units, (), ceiling.projected(unit, none), ceiling.pool_bytes(unit, none))
+    job = tensor.job(plan.seed)
+    sweeps = find_method(tensor.method).reductions(job)
+    unit, kept, block = _unit(tensor, plan, gathered, ahead)
+    step = ceiling.blocks_per_unit(unit, kept, blocks_in(plan.chunk_bytes, itemsize, block), block, tensor.name)
+    step = min(step, max(1, job.blocks))
+    units = tuple((first, min(first + step, job.blocks)) for first in range(0, job.blocks, step))
+    full = replace(unit, elements=min(step * block, max(1, size)))
+    names = tuple(sweep.name for sweep in sweeps)
+    rounds = tuple(sweep.name for sweep in ahead.get(tensor.name, ()))
+    projected, pool = ceiling.projected(full, kept), ceiling.pool_bytes(full, kept)
+    return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds)
+
+
+def _unit(
+    tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool], ahead: Ahead
+) -> tuple[UnitShape, TensorShape, int]:
+    """A unit of one block, what the reductions keep, and the elements of a block."""
+    itemsize = DTYPES[tensor.dtype].itemsize
+    gathers = any(gathered[source.model] for source in tensor.sources) if gathered else False
+    job = tensor.job(plan.seed)
+    method = find_method(tensor.method)
+    sweeps = (*ahead.get(tensor.name, ()), *method.reductions(job))
+    shapes = [sweep.shapes(job) for sweep in sweeps]
+    kept = TensorShape(
+        counts=max((_length(counts) for counts, _ in shapes), default=0),
+        blocks=job.blocks * max((_length(row) for _, row in shapes), default=0),
+    )
+    block = block_elements(tensor.shape)
+    unit = UnitShape(
+        elements=block,
+        inputs=len(tensor.sources),
+        input_itemsize=max(DTYPES[source.dtype].itemsize for source in tensor.sources),
+        output_itemsize=itemsize,
+        work_itemsize=job.work.itemsize,
+        scratch_rows=method.scratch_rows,
+        gathered=gathers,
+    )
+    return unit, kept, block
+
+
+def _length(shape: tuple[int, ...] | None) -> int:
+    return 0 if shape is None else int(np.prod(shape, dtype=np.int64))

@@ -1,0 +1,153 @@
+"""How far a job is, from its workspace alone: nothing is changed, nothing is waited for, and no big file is read.
+
+A job is *built* (not begun), *running* (a process holds the lock), *interrupted* (begun, and nobody is at work),
+*damaged* (what the journal promises is not there any more; running again makes it anew) or *done*.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mergepipe.pipeline import outputs, recheck
+from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.resume import Progress
+from mergepipe.storage.journal import Record, read_journal
+from mergepipe.storage.workspace import Workspace
+
+State = Literal["built", "running", "interrupted", "damaged", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a job stands.
+
+    Attributes
+    ----------
+    state : str
+        "built", "running", "interrupted", "damaged" or "done".
+    plan : str
+        Id of the plan.
+    output : str
+        The output folder.
+    process : int or None
+        Who is at work.
+    done_bytes, total_bytes : int
+        Of the output files; done is what is durable.
+    shards_done, shards : int
+        Output files that are complete, and all of them.
+    tensors_reduced, tensors : int
+        Tensors whose reductions are kept, and all of them.
+    rate : float or None
+        Durable output bytes per second of the latest run; None before its first commit.
+    left_s : float or None
+        Seconds to go at that rate.
+    damage : tuple of str
+        What is not as the journal says.
+    remedy : str
+        What to do next.
+    """
+
+    state: State
+    plan: str
+    output: str
+    process: int | None
+    done_bytes: int
+    total_bytes: int
+    shards_done: int
+    shards: int
+    tensors_reduced: int
+    tensors: int
+    rate: float | None
+    left_s: float | None
+    damage: tuple[str, ...]
+    remedy: str
+
+    @property
+    def percent(self) -> float:
+        """Of the output's bytes, 0 to 100."""
+        return 100.0 * self.done_bytes / self.total_bytes if self.total_bytes else 100.0
+
+
+def status(work: str | Path = ".mergepipe", *, now: float | None = None) -> Status:
+    """Look at a workspace.
+
+    Parameters
+    ----------
+    work : path
+    now : float, optional
+        Seconds since 1970; the clock's by default.
+
+    Raises
+    ------
+    WorkspaceError
+        If there is no plan, or the journal cannot be understood.
+    """
+    workspace = Workspace(Path(work))
+    plan = Plan.from_json(workspace.read_plan())
+    layout = plan.layout()
+    process = workspace.holder()
+    records = read_journal(workspace.journal_file)
+    progress = Progress.replay(records)
+    finished = outputs.finished(plan) is not None
+    damage: tuple[str, ...] = ()
+    if process is None and (finished or progress.plan is not None):
+        damage = tuple(recheck.check(progress, plan, layout, Path(plan.output), "none").notes)
+    state = _state(process, finished, workspace.begun(), damage)
+    data = sum(tensor.output.nbytes for tensor in plan.tensors)
+    done = data if state == "done" else progress.done_bytes(plan)
+    rate = None if state == "done" else _rate(records, time.time() if now is None and process is not None else now)
+    return Status(
+        state=state,
+        plan=plan.id,
+        output=plan.output,
+        process=process,
+        done_bytes=done,
+        total_bytes=data,
+        shards_done=len(layout.shards) if state == "done" else len(progress.sealed),
+        shards=len(layout.shards),
+        tensors_reduced=len(progress.states),
+        tensors=len(plan.tensors),
+        rate=rate,
+        left_s=None if not rate else (data - done) / rate,
+        damage=damage,
+        remedy=_remedy(state, workspace),
+    )
+
+
+def _state(process: int | None, finished: bool, begun: bool, damage: tuple[str, ...]) -> State:
+    if process is not None:
+        return "running"
+    if damage:
+        return "damaged"
+    if finished:
+        return "done"
+    return "interrupted" if begun else "built"
+
+
+def _remedy(state: State, workspace: Workspace) -> str:
+    run = f"mergepipe run --work {workspace.root}"
+    return {
+        "built": f"begin with `{run}`",
+        "running": "wait, or stop it with Ctrl-C: it goes on later",
+        "interrupted": f"go on with `{run}`",
+        "damaged": f"`{run}` makes again what is damaged",
+        "done": "nothing to do; `mergepipe verify --full` checks every byte",
+    }[state]
+
+
+def _rate(records: list[Record], now: float | None) -> float | None:
+    """Bytes per second since the latest process began: up to now, or up to its last commit if it is gone."""
+    begun, last, total = None, None, 0
+    for record in records:
+        if record.get("type") == "begin":
+            begun, last, total = record.get("at"), None, 0
+        elif record.get("type") == "units":
+            total += sum(stop - start for _, start, stop, _ in record["units"])
+            last = record.get("at")
+    end = last if now is None else now
+    if begun is None or last is None or end is None or end <= begun:
+        return None
+    return float(total / (end - begun))

@@ -1,0 +1,91 @@
+"""A plan in numbers and in a table: what `build` and `plan` show, as plain values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from mergepipe.pipeline.memory import Ceiling, cpu_count
+from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.schedule import ScheduledTensor, schedule
+
+
+def scheduled(plan: Plan, workers: int | None = None) -> tuple[ScheduledTensor, ...]:
+    """The plan cut into units as a run with the plan's own ceiling would cut it."""
+    ceiling = Ceiling(plan.allowed, workers or cpu_count())
+    return schedule(plan, ceiling, gathered=[model.store == "copy" for model in plan.models])
+
+
+def summarize(plan: Plan) -> dict[str, Any]:
+    """The plan in a few numbers; all sizes in bytes.
+
+    Returns
+    -------
+    dict
+        `id`, `output`, `models` (label, role, store, why, nbytes, copied_bytes), `tensors`, `merged`, `copied`,
+        `parameters`, `methods` (tensors per method), `input_bytes` (one read of everything that is used), `sweeps`
+        (reads of the tensor that is read most often), `requested_bytes` (asked for in all sweeps), `output_bytes`,
+        `shards`, `units`, `tasks`, `projected_bytes`, `allowed_bytes`, `disk_bytes`, `notes`.
+    """
+    items = scheduled(plan)
+    layout = plan.layout()
+    methods = Counter(
+        tensor.method + (f" + {tensor.sparsify}" if tensor.sparsify != "none" else "")
+        for tensor in plan.tensors
+        if tensor.action == "merge"
+    )
+    return {
+        "id": plan.id,
+        "output": plan.output,
+        "models": [
+            {key: value for key, value in asdict(model).items() if key != "fingerprint"} for model in plan.models
+        ],
+        "tensors": len(plan.tensors),
+        "merged": sum(tensor.action == "merge" for tensor in plan.tensors),
+        "copied": sum(tensor.action == "copy" for tensor in plan.tensors),
+        "side": {label: [source.name for source in sources] for label, sources in plan.side.items()},
+        "parameters": sum(_size(item) for item in items),
+        "methods": dict(methods.most_common()),
+        "input_bytes": sum(item.tensor.input_bytes() for item in items),
+        "sweeps": max((len(item.rounds) + len(item.sweeps) + 1 for item in items), default=0),
+        "requested_bytes": sum(item.bytes_read for item in items),
+        "output_bytes": layout.nbytes,
+        "shards": len(layout.shards),
+        "units": sum(len(item.units) for item in items),
+        "tasks": sum(item.tasks for item in items),
+        "projected_bytes": max((item.projected for item in items), default=0),
+        "allowed_bytes": plan.allowed,
+        "disk_bytes": layout.nbytes + sum(model.copied_bytes for model in plan.models),
+        "notes": list(plan.notes),
+    }
+
+
+def tensor_rows(plan: Plan) -> list[dict[str, Any]]:
+    """One record per tensor: method, sweeps, units, bytes, memory."""
+    places = plan.layout().places
+    return [
+        {
+            "name": item.tensor.name,
+            "shape": list(item.tensor.shape),
+            "dtype": item.tensor.dtype,
+            "action": item.tensor.action,
+            "method": item.tensor.method or None,
+            "sparsify": item.tensor.sparsify,
+            "rounds": list(item.rounds),
+            "sweeps": list(item.sweeps),
+            "units": len(item.units),
+            "bytes_read": item.bytes_read,
+            "bytes_written": item.tensor.output.nbytes,
+            "projected_bytes": item.projected,
+            "shard": places[item.tensor.name].shard,
+            "offset": places[item.tensor.name].offset,
+        }
+        for item in scheduled(plan)
+    ]
+
+
+def _size(item: ScheduledTensor) -> int:
+    return int(np.prod(item.tensor.shape, dtype=np.int64))

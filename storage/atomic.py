@@ -1,0 +1,95 @@
+"""Files that appear whole or not at all, and that are still there after a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mergepipe.errors import DiskFullError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def no_room_errors(path: str | Path) -> Iterator[None]:
+    """Turn "no space left", "quota exceeded" and "file too large" into :class:`DiskFullError`.
+
+    Parameters
+    ----------
+    path : path-like
+        What is being written; the message names it.
+
+    Raises
+    ------
+    DiskFullError
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise DiskFullError(
+            f"no room to write '{path}': {os.strerror(error.errno)}. Free space there, or choose another folder"
+        ) from error
+
+
+def fsync_path(path: str | Path) -> None:
+    """Make a file's bytes, or a folder's entries, durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def temporary_of(name: str) -> str | None:
+    """The file that a temporary sibling called `name` was to become; None if it is no such sibling.
+
+    Examples
+    --------
+    >>> temporary_of(".config.json.4711.tmp"), temporary_of("config.json")
+    ('config.json', None)
+    """
+    match = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return match[1] if match else None
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a small file so that a reader sees the old contents or the new, never a part.
+
+    The bytes go to a temporary sibling, are synced, and the sibling takes the name in one step; then the folder is
+    synced, because a rename that only memory knows of is undone by a power cut. A process killed halfway leaves the
+    temporary sibling (``.NAME.PID.tmp``) and the old file.
+
+    Parameters
+    ----------
+    path : path-like
+        Its folder must exist.
+    data : bytes
+        The whole contents.
+
+    Raises
+    ------
+    DiskFullError
+        If there is no room; the old file stays.
+    OSError
+        For anything else the filesystem says.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with no_room_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        fsync_path(path.parent)

@@ -1,0 +1,304 @@
+"""The virtual zarr store: a zarr v3 hierarchy over a chunk manifest. No byte is copied and no file is written.
+
+Metadata documents are made in memory, chunks are byte ranges of the files that the manifest names. The same documents
+serve the copied store (with a checksum codec added) and the kerchunk references. They are never written to disk beside
+missing chunks, which any zarr reader would take for zeros.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
+
+from mergepipe.errors import CheckpointNotFoundError
+from mergepipe.storage import zdtype
+from mergepipe.storage.chunks import grid_shape
+from mergepipe.storage.dtypes import DTYPES
+from mergepipe.storage.manifest import ChunkManifest, ManifestArray, Segment
+from mergepipe.storage.readers import Descriptors
+
+GROUP_DOCUMENT = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+
+
+def array_document(array: ManifestArray, *, checksum: bool = False) -> dict[str, Any]:
+    """The ``zarr.json`` of one tensor.
+
+    Parameters
+    ----------
+    array : ManifestArray
+    checksum : bool, default False
+        Whether chunks are followed by their crc32c, as in a copied store.
+
+    Notes
+    -----
+    Types that zarr has no name for (fp8) are stored as ``uint8``; the attribute ``safetensors_dtype`` always keeps the
+    original name.
+    """
+    dtype = DTYPES[array.dtype]
+    kind = "uint8" if dtype.role == "refused" else dtype.alias
+    fill: bool | int | float = False if kind == "bool" else 0.0 if "float" in kind else 0
+    codecs: list[dict[str, Any]] = [{"name": "bytes"}]
+    if dtype.itemsize > 1:
+        codecs[0]["configuration"] = {"endian": "little"}
+    if checksum:
+        codecs.append({"name": "crc32c"})
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(array.shape),
+        "data_type": kind,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(array.chunk_shape)}},
+        # One folder per tensor, not one per row block.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": fill,
+        "codecs": codecs,
+        "attributes": {"safetensors_dtype": array.dtype},
+    }
+
+
+def hierarchy_documents(manifest: ChunkManifest, *, checksum: bool = False) -> dict[str, bytes]:
+    """All metadata documents of a manifest by their keys, parents before children."""
+    documents: dict[str, bytes] = {"zarr.json": json.dumps(GROUP_DOCUMENT).encode()}
+    for name, array in manifest.arrays.items():
+        parts = name.split("/")
+        for count in range(1, len(parts)):
+            documents["/".join([*parts[:count], "zarr.json"])] = documents["zarr.json"]
+        documents[f"{name}/zarr.json"] = json.dumps(array_document(array, checksum=checksum)).encode()
+    return documents
+
+
+def chunk_keys(array: ManifestArray) -> Iterator[str]:
+    """Last path segment of the key of every chunk, in C order of the grid.
+
+    Notes
+    -----
+    ``c.0.0``, ``c.1.0`` and so on; ``c`` alone for a tensor without dimensions.
+    """
+    for index in np.ndindex(*grid_shape(array.shape, array.chunk_shape)):
+        yield ".".join(["c", *map(str, index)])
+
+
+def chunk_bytes(array: ManifestArray) -> int:
+    """Bytes of a whole chunk, padding included."""
+    return math.prod(array.chunk_shape) * DTYPES[array.dtype].itemsize
+
+
+class VirtualStore(Store):
+    """A read-only zarr store whose chunks are the byte ranges of a manifest.
+
+    Parameters
+    ----------
+    manifest : ChunkManifest
+        Kept, not copied.
+
+    Notes
+    -----
+    Chunks are read with plain reads, never mapped, so a truncated file is an error here and can't be a crash. The
+    missing part of a padded chunk reads as zeros.
+
+    Examples
+    --------
+    ``zarr.open_group(VirtualStore(manifest), mode="r")["lm_head.weight"][:16]``
+    """
+
+    supports_writes = False
+    supports_deletes = False
+    supports_listing = True
+
+    def __init__(self, manifest: ChunkManifest) -> None:
+        super().__init__(read_only=True)
+        zdtype.register()
+        self._manifest = manifest
+        self._documents = hierarchy_documents(manifest)
+        self._descriptors = Descriptors()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VirtualStore) and self._manifest is other._manifest
+
+    __hash__ = Store.__hash__
+
+    def __repr__(self) -> str:
+        return f"VirtualStore({self._manifest.kind}, {len(self._manifest.arrays)} tensors)"
+
+    def __reduce__(self) -> tuple[type[VirtualStore], tuple[ChunkManifest]]:
+        return VirtualStore, (self._manifest,)
+
+    def with_read_only(self, read_only: bool = False) -> VirtualStore:
+        """A new store over the same manifest; a writable one is refused."""
+        if not read_only:
+            raise ValueError("a virtual store lies over input files and is never writable: copy the group instead")
+        return VirtualStore(self._manifest)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._descriptors.close()
+        super().close()
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """Value of a key, or a part of it; None if there is no such key."""
+        if (document := self._documents.get(key)) is not None:
+            start, stop = _limits(byte_range, len(document))
+            return prototype.buffer.from_bytes(document[start:stop])
+        if (found := self._find(key)) is None:
+            return None
+        start, stop = _limits(byte_range, chunk_bytes(found[0]))
+        values = await asyncio.to_thread(self._read, *found, start, stop)
+        return prototype.buffer.from_array_like(values)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """Several values or parts of them, in order."""
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    def _find(self, key: str) -> tuple[ManifestArray, int] | None:
+        """The tensor and the number of the chunk that a key stands for."""
+        name, _, leaf = key.rpartition("/")
+        array = self._manifest.arrays.get(name)
+        kind, *parts = leaf.split(".")
+        if array is None or kind != "c" or len(parts) != len(array.shape):
+            return None
+        number = 0
+        for part, count in zip(parts, grid_shape(array.shape, array.chunk_shape), strict=True):
+            if not (part.isascii() and part.isdigit()) or str(int(part)) != part or int(part) >= count:
+                return None
+            number = number * count + int(part)
+        return array, number
+
+    def _read(self, array: ManifestArray, number: int, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        valid = min(max(int(array.lengths[number]) - start, 0), stop - start)
+        out = np.empty(stop - start, np.uint8)
+        path = self._manifest.files[array.files[number]].path
+        self._descriptors.read_into(Segment(path, int(array.offsets[number]) + start, valid), out[:valid].data)
+        out[valid:] = 0
+        return out
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such a key."""
+        return key in self._documents or self._find(key) is not None
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Refused: the store is read-only."""
+        self._check_writable()
+
+    async def delete(self, key: str) -> None:
+        """Refused: the store is read-only."""
+        self._check_writable()
+
+    async def list(self) -> AsyncIterator[str]:
+        """All keys."""
+        for key in self._keys():
+            yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """All keys that start with `prefix`."""
+        for key in self._keys():
+            if key.startswith(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """What stands directly below `prefix`."""
+        folder = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
+        below = (key[len(folder) :] for key in self._documents if key.startswith(folder))
+        for child in dict.fromkeys(key.split("/")[0] for key in below):
+            yield child
+        if (array := self._manifest.arrays.get(folder[:-1])) is not None:
+            for key in chunk_keys(array):
+                yield key
+
+    def _keys(self) -> Iterator[str]:
+        yield from self._documents
+        for name, array in self._manifest.arrays.items():
+            for key in chunk_keys(array):
+                yield f"{name}/{key}"
+
+
+def _limits(byte_range: ByteRequest | None, size: int) -> tuple[int, int]:
+    start, stop = 0, size
+    if isinstance(byte_range, RangeByteRequest):
+        start, stop = byte_range.start, byte_range.end
+    elif isinstance(byte_range, OffsetByteRequest):
+        start = byte_range.offset
+    elif isinstance(byte_range, SuffixByteRequest):
+        start = size - byte_range.suffix
+    start = min(max(start, 0), size)
+    return start, min(max(stop, start), size)
+
+
+def open_store(path: str | os.PathLike[str]) -> zarr.Group:
+    """Open a saved chunk manifest or a copied store as a read-only zarr group.
+
+    Parameters
+    ----------
+    path : path-like
+        A manifest file, or the folder of a copied store.
+
+    Returns
+    -------
+    zarr.Group
+        One array per tensor, ``group["model.norm.weight"][:]``; bfloat16 arrays come as `ml_dtypes.bfloat16`.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is neither.
+    WorkspaceError
+        If the file is no valid manifest.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "zarr.json").is_file():
+            raise CheckpointNotFoundError(f"'{path}' is no copied store: it has no zarr.json")
+        zdtype.register()
+        return zarr.open_group(LocalStore(path, read_only=True), mode="r")
+    return zarr.open_group(VirtualStore(ChunkManifest.load(path)), mode="r")
+
+
+def kerchunk_references(manifest: ChunkManifest) -> dict[str, Any]:
+    """The hierarchy as kerchunk references, for readers that know nothing of mergepipe.
+
+    Returns
+    -------
+    dict
+        Of version 0: key to text, or to [URL, offset, length]. Ready for ``json.dump`` and for fsspec's
+        ``ReferenceFileSystem``. A reader of bfloat16 tensors needs a zarr that knows the type.
+
+    Notes
+    -----
+    A range can't be padded. That of a chunk at the padded edge therefore runs on into the bytes that follow in the
+    file; a reader cuts them off, because they lie outside the array. Where the file ends before that, the chunk is
+    written into the references as base64 (at most one chunk's worth of bytes per file, in general).
+    """
+    references: dict[str, Any] = {key: text.decode() for key, text in hierarchy_documents(manifest).items()}
+    descriptors = Descriptors()
+    try:
+        for name, array in manifest.arrays.items():
+            whole = chunk_bytes(array)
+            for number, key in enumerate(chunk_keys(array)):
+                file, offset = manifest.files[array.files[number]], int(array.offsets[number])
+                if offset + whole <= file.size:
+                    references[f"{name}/{key}"] = [f"file://{file.path}", offset, whole]
+                else:
+                    segment = Segment(file.path, offset, int(array.lengths[number]))
+                    references[f"{name}/{key}"] = f"base64:{_padded(descriptors, segment, whole)}"
+    finally:
+        descriptors.close()
+    return references
+
+
+def _padded(descriptors: Descriptors, segment: Segment, whole: int) -> str:
+    out = np.zeros(whole, np.uint8)
+    descriptors.read_into(segment, out[: segment.length].data)
+    return base64.b64encode(out.data).decode("ascii")

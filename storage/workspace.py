@@ -1,0 +1,206 @@
+"""The workspace: one folder that holds everything a job needs besides its inputs and its output.
+
+    .mergepipe/
+      plan.json            what is to be done, decided by `build`
+      stores/N-NAME/       one chunked zarr hierarchy per model: a chunk manifest (virtual), or the copy itself
+      journal.log          what of it is durable
+      statistics/          what the reductions found: a zarr group
+      events.jsonl         what happened, for people and programs to read
+      LOCK                 held (flock) by the process at work; a dead process holds nothing
+
+Only this module knows the names of these files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mergepipe.errors import WorkspaceError
+from mergepipe.storage.atomic import fsync_path, write_atomic
+from mergepipe.storage.journal import MAGIC
+
+
+class Workspace:
+    """Paths inside a workspace, and the reading and writing of its plan.
+
+    Parameters
+    ----------
+    root : Path
+        The folder; need not exist yet.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))
+
+    @property
+    def plan_file(self) -> Path:
+        """The built plan."""
+        return self.root / "plan.json"
+
+    @property
+    def lock_file(self) -> Path:
+        """What :class:`WorkspaceLock` locks; holds the process id of the last holder."""
+        return self.root / "LOCK"
+
+    @property
+    def journal_file(self) -> Path:
+        """The journal of durable work."""
+        return self.root / "journal.log"
+
+    @property
+    def events_file(self) -> Path:
+        """What happened in all runs, one JSON object a line."""
+        return self.root / "events.jsonl"
+
+    @property
+    def statistics(self) -> Path:
+        """The zarr group of statistics."""
+        return self.root / "statistics"
+
+    @property
+    def stores(self) -> Path:
+        """Folder of the zarr hierarchies of all models."""
+        return self.root / "stores"
+
+    def store(self, number: int, label: str) -> Path:
+        """Folder of the zarr hierarchy of model `number`."""
+        safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in label) or "model"
+        return self.stores / f"{number}-{safe}"
+
+    def manifest_file(self, number: int, label: str) -> Path:
+        """The chunk manifest of model `number`."""
+        return self.store(number, label) / "manifest.json"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises
+        ------
+        WorkspaceError
+            If a file is in its place, or a folder that is no workspace and not empty.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise WorkspaceError(f"'{self.root}' is a file: choose another workspace with --work")
+        if self.root.is_dir() and any(self.root.iterdir()) and not self.is_ours():
+            raise WorkspaceError(
+                f"'{self.root}' is not empty and no workspace of mergepipe: choose another with --work"
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        fsync_path(self.root.parent)
+
+    def is_ours(self) -> bool:
+        """Whether the folder is a workspace."""
+        return any((self.root / name).exists() for name in ("plan.json", "LOCK", "stores"))
+
+    def write_plan(self, data: bytes) -> None:
+        """Replace the plan, atomically."""
+        write_atomic(self.plan_file, data)
+
+    def read_plan(self) -> bytes:
+        """The plan's bytes.
+
+        Raises
+        ------
+        WorkspaceError
+            If there is none.
+        """
+        try:
+            return self.plan_file.read_bytes()
+        except FileNotFoundError:
+            raise WorkspaceError(f"no plan in '{self.root}': run `mergepipe build` first, or name its --work") from None
+
+    def begun(self) -> bool:
+        """Whether a run has begun to write: its journal holds something, or held it before it was damaged."""
+        try:
+            return self.journal_file.stat().st_size > len(MAGIC)
+        except FileNotFoundError:
+            return False
+
+    def forget_progress(self) -> None:
+        """Remove the journal and the statistics, so that the next run starts from the beginning."""
+        self.journal_file.unlink(missing_ok=True)
+        fsync_path(self.root)
+        shutil.rmtree(self.statistics, ignore_errors=True)
+
+    def contents(self) -> list[Path]:
+        """Everything mergepipe may have put here, the lock last."""
+        files = [self.plan_file, self.journal_file, self.events_file, self.statistics, self.stores]
+        return [*files, self.lock_file]
+
+    def remove(self) -> None:
+        """Remove all that is ours, and the folder if nothing else is in it."""
+        for path in self.contents():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
+
+    def forget_stores(self, keep: set[Path]) -> None:
+        """Remove the stores of models that the plan no longer has."""
+        for path in sorted(self.stores.iterdir()) if self.stores.is_dir() else ():
+            if path not in keep:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def holder(self) -> int | None:
+        """Process id of whoever is at work here, or None; takes nothing and waits for nothing."""
+        try:
+            fd = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            return int(text) if text.isdigit() else 0
+        finally:
+            os.close(fd)
+        return None
+
+
+class WorkspaceLock:
+    """Keeps a second process out of a workspace. The kernel drops it with the process, however that ends.
+
+    Raises
+    ------
+    WorkspaceError
+        On entry, if another process holds it; names its process id.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._path = workspace.lock_file
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if not self._taken():
+            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            raise WorkspaceError(
+                f"'{self._path.parent}' is in use by process {holder}: wait for it, or use another --work"
+            )
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        return self
+
+    def _taken(self) -> bool:
+        """Try a few times: somebody who only asks who holds the lock holds it for an instant."""
+        for _ in range(5):
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.02)
+        return False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)

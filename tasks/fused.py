@@ -1,0 +1,316 @@
+"""From stored bits to stored bits in one pass: bfloat16 inputs, float32 arithmetic, bfloat16 output.
+
+The general way decodes a block of every model into a tile, works on the tile and encodes what comes out: three trips
+through memory, and a few calls per block. For the one case that is most of all merges, the loops here take a whole unit
+and go through it in strips that stay in the first-level cache. They do the same operations in the same order as
+:mod:`mergepipe.tasks.convert`, :mod:`mergepipe.tasks.select` and :mod:`mergepipe.tasks.kernels`, and give the same
+bits; the tests hold them to it.
+
+All of them say whether they met something that is not finite, or that does not fit the output. They don't say where:
+the unit is then done again in the general way, which knows. Everything is in one file because numba's cache notices
+a change of a kernel's own file only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.method import Array
+
+Rows = tuple[Array, ...]
+Scalars = tuple[float, ...]
+
+TOP_BINS = 1 << 15
+
+STRIP = 2048
+"""Elements taken at once: a strip of eight models in float32 fills the first-level cache."""
+
+LOOK = 64
+"""Elements looked at together for a match, as in :mod:`mergepipe.tasks.select`."""
+
+
+def strips(models: int) -> Rows:
+    """Working memory for a call of :func:`agree`, :func:`add` or :func:`weigh`."""
+    return tuple(np.empty((models, STRIP), np.float32))
+
+
+@kernel
+def _decode(bits: Array, out: Array) -> Any:
+    worst = np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        worst = max(worst, np.int32(stored & 0x7FFF))
+        out[i] = np.int32(stored << 16).view(np.float32)
+    return worst
+
+
+@kernel
+def _keys(bits: Array, base: Array, out: Array) -> Any:
+    """Bits of the magnitudes of the deltas."""
+    worst = np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        worst = max(worst, np.int32(stored & 0x7FFF))
+        delta = np.float32(np.int32(stored << 16).view(np.float32) - base[i])
+        out[i] = np.int32(delta.view(np.int32) & 0x7FFFFFFF)
+    return worst
+
+
+@kernel
+def _deltas(bits: Array, base: Array, out: Array) -> Any:
+    worst = np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        worst = max(worst, np.int32(stored & 0x7FFF))
+        out[i] = np.int32(stored << 16).view(np.float32) - base[i]
+    return worst
+
+
+@kernel
+def _encode(values: Array, out: Array) -> Any:
+    worst = np.int32(0)
+    for i in range(out.size):
+        bits = np.float32(values[i]).view(np.int32)
+        magnitude = np.int32(bits & 0x7FFFFFFF)
+        # Everything from here on rounds to an infinity, is one or is NaN: all of it is for the general way.
+        worst = max(worst, magnitude)
+        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return np.int32(worst >= 0x7F7F8000)
+
+
+@kernel
+def count_top(base: Array, rows: Rows, counts: Array) -> bool:
+    """Add the top 15 bits of the magnitudes of the deltas to `counts`.
+
+    Parameters
+    ----------
+    base, rows : uint16 ndarray, shape (n,); one row per model
+    counts : int64 ndarray, shape (models, 32768)
+
+    Returns
+    -------
+    bool
+        False if a stored value is not finite; `counts` are of no use then.
+    """
+    below = np.empty(STRIP, np.float32)
+    keys = np.empty(STRIP, np.int32)
+    worst = np.int32(0)
+    # Neighbours often fall into the same bin, and would wait for each other's counter: so four take turns.
+    lanes = np.zeros((len(rows), 4, TOP_BINS), np.int32)
+    for start in range(0, base.size, STRIP):
+        stop = min(start + STRIP, base.size)
+        worst = max(worst, _decode(base[start:stop], below))
+        for k in range(len(rows)):
+            worst = max(worst, _keys(rows[k][start:stop], below, keys))
+            _scatter(keys[: stop - start], lanes[k])
+    for k in range(len(rows)):
+        total = counts[k]
+        for lane in lanes[k]:
+            for i in range(TOP_BINS):
+                total[i] += lane[i]
+    return bool(worst < 0x7F80)
+
+
+@kernel
+def _scatter(keys: Array, lanes: Array) -> None:
+    quarter = keys.size // 4
+    first, second, third, fourth = lanes[0], lanes[1], lanes[2], lanes[3]
+    a, b, c, d = keys[:quarter], keys[quarter:], keys[2 * quarter :], keys[3 * quarter :]
+    for i in range(quarter):
+        first[np.uintp(a[i] >> 16)] += np.int32(1)
+        second[np.uintp(b[i] >> 16)] += np.int32(1)
+        third[np.uintp(c[i] >> 16)] += np.int32(1)
+        fourth[np.uintp(d[i] >> 16)] += np.int32(1)
+    for i in range(4 * quarter, keys.size):
+        first[np.uintp(keys[i] >> 16)] += np.int32(1)
+
+
+@kernel
+def count_fine(base: Array, rows: Rows, prefixes: Array, counts: Array) -> bool:
+    """Add the low 16 bits of those magnitudes of deltas whose top 15 bits are wanted to `counts`.
+
+    Parameters
+    ----------
+    base, rows : uint16 ndarray, shape (n,); one row per model
+    prefixes : int64 ndarray, shape (models, ranks)
+        The wanted top bits; negative for a rank that is not wanted.
+    counts : int64 ndarray, shape (models, ranks, 65536)
+
+    Returns
+    -------
+    bool
+        As :func:`count_top`.
+    """
+    below = np.empty(STRIP, np.float32)
+    keys = np.empty(STRIP, np.int32)
+    worst = np.int32(0)
+    for start in range(0, base.size, STRIP):
+        stop = min(start + STRIP, base.size)
+        worst = max(worst, _decode(base[start:stop], below))
+        for k in range(len(rows)):
+            worst = max(worst, _keys(rows[k][start:stop], below, keys))
+            for r in range(prefixes.shape[1]):
+                if prefixes[k, r] >= 0:
+                    _count_matches(keys[: stop - start], np.int32(prefixes[k, r]), counts[k, r])
+    return bool(worst < 0x7F80)
+
+
+@kernel
+def _count_matches(keys: Array, prefix: Any, counts: Array) -> None:
+    low = np.int32(prefix << 16)
+    high = np.int32(low + 0xFFFF)
+    for start in range(0, keys.size, LOOK):
+        piece = keys[start : start + LOOK]
+        found = np.int32(0)
+        for i in range(piece.size):
+            found |= np.int32((piece[i] >= low) & (piece[i] <= high))
+        if found:
+            for i in range(piece.size):
+                if (piece[i] >= low) & (piece[i] <= high):
+                    counts[np.uintp(piece[i] & 0xFFFF)] += 1
+
+
+@kernel
+def agree(
+    base: Array,
+    rows: Rows,
+    strips: Rows,
+    weights: Scalars,
+    least: Scalars,
+    factors: Scalars,
+    normalize: bool,
+    scale: float,
+    out: Array,
+) -> bool:
+    """As :func:`mergepipe.tasks.kernels.agree_few`, from bits to bits.
+
+    Parameters
+    ----------
+    base, rows, out : uint16 ndarray, shape (n,)
+    strips : tuple of float32 ndarray, shape (STRIP,), one per model
+        Overwritten.
+    weights, least, factors, normalize, scale
+        As for the other.
+
+    Returns
+    -------
+    bool
+        False if a stored value is not finite, or a result does not fit; `out` is of no use then.
+    """
+    below = np.empty(STRIP, np.float32)
+    merged = np.empty(STRIP, np.float32)
+    worst, over = np.int32(0), np.int32(0)
+    for start in range(0, base.size, STRIP):
+        stop = min(start + STRIP, base.size)
+        worst = max(worst, _decode(base[start:stop], below))
+        for k in range(len(rows)):
+            worst = max(worst, _deltas(rows[k][start:stop], below, strips[k]))
+        _agree(below, strips, weights, least, factors, normalize, scale, merged[: stop - start])
+        over |= _encode(merged, out[start:stop])
+    return bool((worst < 0x7F80) & (over == 0))
+
+
+@kernel
+def _agree(
+    base: Array,
+    rows: Rows,
+    weights: Scalars,
+    least: Scalars,
+    factors: Scalars,
+    normalize: bool,
+    scale: float,
+    out: Array,
+) -> None:
+    zero, one, factor = np.float32(0), np.float32(1), np.float32(scale)
+    for i in range(out.size):
+        vote = zero
+        for k in range(len(rows)):
+            value = rows[k][i]
+            thinned = np.float32(factors[k]) * value
+            vote += np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else zero
+        elected = one if vote >= zero else -one
+        total = zero
+        agreeing = zero
+        for k in range(len(rows)):
+            value = rows[k][i]
+            thinned = np.float32(factors[k]) * value
+            term = np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else zero
+            agrees = term * elected > zero
+            total += term if agrees else zero
+            agreeing += np.float32(weights[k]) if agrees else zero
+        divisor = agreeing if (agreeing != zero) & normalize else one
+        out[i] = base[i] + factor * (total / divisor)
+
+
+@kernel
+def add(
+    base: Array,
+    rows: Rows,
+    strips: Rows,
+    weights: Scalars,
+    least: Scalars,
+    factors: Scalars,
+    divisor: float,
+    scale: float,
+    out: Array,
+) -> bool:
+    """As :func:`mergepipe.tasks.kernels.add_few`, from bits to bits; parameters and result as for :func:`agree`."""
+    below = np.empty(STRIP, np.float32)
+    merged = np.empty(STRIP, np.float32)
+    worst, over = np.int32(0), np.int32(0)
+    for start in range(0, base.size, STRIP):
+        stop = min(start + STRIP, base.size)
+        worst = max(worst, _decode(base[start:stop], below))
+        for k in range(len(rows)):
+            worst = max(worst, _deltas(rows[k][start:stop], below, strips[k]))
+        _add(below, strips, weights, least, factors, divisor, scale, merged[: stop - start])
+        over |= _encode(merged, out[start:stop])
+    return bool((worst < 0x7F80) & (over == 0))
+
+
+@kernel
+def _add(
+    base: Array,
+    rows: Rows,
+    weights: Scalars,
+    least: Scalars,
+    factors: Scalars,
+    divisor: float,
+    scale: float,
+    out: Array,
+) -> None:
+    zero, whole, factor = np.float32(0), np.float32(divisor), np.float32(scale)
+    for i in range(out.size):
+        total = zero
+        for k in range(len(rows)):
+            value = rows[k][i]
+            thinned = np.float32(factors[k]) * value
+            total += np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else zero
+        out[i] = base[i] + factor * (total / whole)
+
+
+@kernel
+def weigh(rows: Rows, strips: Rows, weights: Scalars, divisor: float, out: Array) -> bool:
+    """As :func:`mergepipe.tasks.kernels.sum_few`, from bits to bits; parameters and result as for :func:`agree`."""
+    merged = np.empty(STRIP, np.float32)
+    worst, over = np.int32(0), np.int32(0)
+    for start in range(0, out.size, STRIP):
+        stop = min(start + STRIP, out.size)
+        for k in range(len(rows)):
+            worst = max(worst, _decode(rows[k][start:stop], strips[k]))
+        _weigh(strips, weights, divisor, merged[: stop - start])
+        over |= _encode(merged, out[start:stop])
+    return bool((worst < 0x7F80) & (over == 0))
+
+
+@kernel
+def _weigh(rows: Rows, weights: Scalars, divisor: float, out: Array) -> None:
+    whole = np.float32(divisor)
+    for i in range(out.size):
+        total = np.float32(weights[0]) * rows[0][i]
+        for k in range(1, len(rows)):
+            total += np.float32(weights[k]) * rows[k][i]
+        out[i] = total / whole

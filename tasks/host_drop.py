@@ -1,0 +1,69 @@
+"""The random thinning that `dare_*` and `della*` do themselves, after whatever sparsifier the recipe names.
+
+Alone, a host draws the same mask as the sparsifier of its kind would: ``dare_ties`` is ``ties`` with ``sparsify:
+random``. After another sparsifier it draws from a stream of its own, so that two random masks are independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mergepipe.tasks import task_vectors as family
+from mergepipe.tasks.method import Array, Job, Parameter, Reduction, State, Tile
+from mergepipe.tasks.random_drop import Drawn, restored
+from mergepipe.tasks.shrinkage import Shrinkage, restore
+from mergepipe.tasks.sparsify import SPARSIFIERS
+
+STAGE = "host"
+
+RESCALE = Parameter("rescale", "flag", "scale survivors as rescale_by says", default=True)
+RESCALE_BY = Parameter(
+    "rescale_by", "choice",
+    "by the ratio of L1 norms, as mergekit does, or by 1/(probability to be kept), as in the papers",
+    default="l1", choices=("l1", "inverse_keep"),
+)  # fmt: skip
+
+
+def drawn(job: Job) -> list[dict[str, Any]]:
+    """What the sparsifier of the host's kind would be given."""
+    rescale = job.params["rescale_by"] if job.params["rescale"] else "none"
+    return [{**params, "rescale": rescale} for params in job.model_params]
+
+
+def first(job: Job, state: State, tile: Tile) -> None:
+    """What the recipe's own sparsifier does, in place."""
+    SPARSIFIERS[job.sparsify].mask(job, state, tile)
+
+
+@dataclass(frozen=True, slots=True)
+class HostDrop:
+    """The reductions and the kernel of a host that thins at random.
+
+    Parameters
+    ----------
+    drop : callable
+        As :func:`mergepipe.tasks.random_drop.drop`.
+    check : callable
+        Refuses, while planning, what can't be done.
+    """
+
+    drop: Callable[[Job, Tile, Sequence[Drawn], str], None]
+    check: Callable[[Job, Sequence[Drawn]], None] = lambda job, drawn: None
+
+    def reductions(self, job: Job) -> tuple[Reduction, ...]:
+        """Those of the recipe's sparsifier, then the norms around the host's own thinning."""
+        self.check(job, drawn(job))
+        around = Shrinkage(STAGE, lambda job: restored(drawn(job)), self._thin, first)
+        return (*family.reductions(job), around)
+
+    def _thin(self, job: Job, state: State, tile: Tile) -> None:
+        self.drop(job, tile, drawn(job), "" if job.sparsify == "none" else "\0host")
+
+    def apply(self, job: Job, state: State, tile: Tile, out: Array) -> None:
+        """The kernel."""
+        first(job, state, tile)
+        self._thin(job, state, tile)
+        restore(job, state, tile, STAGE)
+        family.apply(replace(job, sparsify="none"), state, tile, out)

@@ -1,0 +1,570 @@
+"""What a merge method is: reductions over a tensor, then one kernel.
+
+A method never opens a file and never sees a whole tensor. The runner hands it one :class:`Tile` after another, each a
+block of every model decoded to the working type, first to its reductions (in as many sweeps as it declares), then to
+its kernel. What a reduction leaves behind is a few small arrays, the *state*; a kernel maps a tile and the state to the
+same block of the output.
+
+Blocks are a function of the tensor's shape alone, reductions are exact integers or one row of float64 partials per
+block, folded in block order: so neither the chunk size nor the number of workers nor the order of execution changes a
+bit of a result.
+
+Adding a method is one file in :mod:`mergepipe.tasks.methods` that builds a :class:`MergeMethod`, and one row in
+:mod:`mergepipe.tasks.registry`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+State = dict[str, Array]
+"""Small arrays by name: what the reductions of one tensor found.
+
+A public name is of the same shape for every tensor of a merge and is kept as a statistic; a name with a leading
+underscore is the method's own, of any shape.
+"""
+
+STATISTICS_ONLY = frozenset({"histogram"})
+"""Entries of a state that are kept as statistics and that no kernel reads."""
+
+BLOCK_ELEMENTS = 65_536
+"""Elements of a block: the grain of float64 partial sums, and the size of a tile."""
+
+
+def block_elements(shape: tuple[int, ...]) -> int:
+    """Length in elements of the blocks that a tensor of this shape is folded in.
+
+    Whole rows (along the last axis) while a row has at most 65,536 elements, else 65,536-element pieces; a wider row is
+    cut into pieces of its own, so that no block spans two rows of it (see :func:`block_bounds`).
+
+    Examples
+    --------
+    >>> block_elements((4096, 4096)), block_elements((7,)), block_elements((3, 100_000))
+    (65536, 7, 65536)
+    """
+    width = shape[-1] if shape else 1
+    if width == 0 or math.prod(shape) == 0:
+        return BLOCK_ELEMENTS
+    if width <= BLOCK_ELEMENTS:
+        return (BLOCK_ELEMENTS // width) * width if len(shape) > 1 else width
+    return BLOCK_ELEMENTS
+
+
+def block_count(shape: tuple[int, ...]) -> int:
+    """How many blocks a tensor of this shape has; 0 if it is empty.
+
+    Examples
+    --------
+    >>> block_count((4096, 4096)), block_count((3, 100_000)), block_count(()), block_count((0, 5))
+    (256, 6, 1, 0)
+    """
+    size = math.prod(shape)
+    if size == 0:
+        return 0
+    width = shape[-1] if shape else 1
+    if width > BLOCK_ELEMENTS:
+        return (size // width) * -(-width // BLOCK_ELEMENTS)
+    return -(-size // block_elements(shape))
+
+
+def block_bounds(shape: tuple[int, ...], index: int) -> tuple[int, int]:
+    """First element and one past the last (flat, row-major) of block `index` of a tensor of this shape.
+
+    Examples
+    --------
+    >>> block_bounds((3, 100_000), 1), block_bounds((3, 100_000), 2), block_bounds((5, 30_000), 2)
+    ((65536, 100000), (100000, 165536), (120000, 150000))
+    """
+    size = math.prod(shape)
+    width = shape[-1] if shape else 1
+    if width > BLOCK_ELEMENTS:
+        per_row = -(-width // BLOCK_ELEMENTS)
+        row, piece = divmod(index, per_row)
+        start = row * width + piece * BLOCK_ELEMENTS
+        return start, min(start + BLOCK_ELEMENTS, (row + 1) * width)
+    step = block_elements(shape)
+    return index * step, min((index + 1) * step, size)
+
+
+class Required:
+    """The default of a parameter that has none."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = Required()
+
+Kind = Literal["number", "integer", "flag", "choice", "patterns", "rank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method or a sparsifier: its type, bounds, default and meaning.
+
+    Attributes
+    ----------
+    name : str
+        As it stands in a recipe.
+    kind : {'number', 'integer', 'flag', 'choice', 'patterns', 'rank'}
+    doc : str
+        One line for `mergepipe methods` and the documentation.
+    default : object
+        `REQUIRED` where a recipe has to give it; None where "not set" means something.
+    per_model : bool
+        True if each model may have its own value.
+    minimum, maximum : float or None
+        Bounds, included unless `open_minimum` / `open_maximum`.
+    choices : tuple of str
+        For kind 'choice'.
+    without_effect : bool
+        True for a key that mergekit declares and that changes nothing here: accepted and noted.
+    stand_in : (str, str, float) or None
+        ``(name, choice, value)``: where parameter `name` of the method is `choice`, this one is not to be given, and
+        kernels find `value` in its place.
+    """
+
+    name: str
+    kind: Kind
+    doc: str
+    default: object = REQUIRED
+    per_model: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    open_minimum: bool = False
+    open_maximum: bool = False
+    choices: tuple[str, ...] = ()
+    without_effect: bool = False
+    stand_in: tuple[str, str, float] | None = None
+
+    def check(self, value: object) -> Any:
+        """The value in its proper type.
+
+        Raises
+        ------
+        ValueError
+            If it is of the wrong type or out of bounds; the message says what was expected and what was found.
+
+        Examples
+        --------
+        >>> Parameter("density", "number", "kept fraction", 1.0, minimum=0, maximum=1).check(1)
+        1.0
+        >>> Parameter("density", "number", "kept fraction", 1.0, minimum=0, maximum=1).check(1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: expected a number from 0 to 1, found 1.5
+        """
+        if value is None and self.default is None:
+            return None
+        if self.kind == "flag" and isinstance(value, bool | int) and value in (0, 1):
+            return bool(value)
+        if self.kind == "choice" and value in self.choices:
+            return value
+        if self.kind == "patterns" and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        if self.kind == "rank" and not isinstance(value, bool):
+            # 1 is one component, 1.0 all of them.
+            if value == "auto" or (isinstance(value, int) and value >= 1):
+                return value
+            if isinstance(value, float) and 0 < value <= 1:
+                return value
+        if self.kind in ("number", "integer") and isinstance(value, int | float) and not isinstance(value, bool):
+            whole = self.kind == "integer"
+            if math.isfinite(value) and (not whole or value == int(value)) and self._inside(value):
+                return int(value) if whole else float(value)
+        raise ValueError(f"expected {self.expected}, found {value!r}")
+
+    def _inside(self, value: float) -> bool:
+        low = self.minimum is None or value > self.minimum or (value == self.minimum and not self.open_minimum)
+        high = self.maximum is None or value < self.maximum or (value == self.maximum and not self.open_maximum)
+        return low and high
+
+    @property
+    def expected(self) -> str:
+        """What a recipe may write here, in words."""
+        if self.kind == "flag":
+            return "true or false"
+        if self.kind == "choice":
+            return "one of " + ", ".join(self.choices)
+        if self.kind == "patterns":
+            return "a list of regular expressions"
+        if self.kind == "rank":
+            return "auto, a whole number from 1, or a fraction above 0.0 to 1.0"
+        noun = "a whole number" if self.kind == "integer" else "a number"
+        parts = []
+        if self.minimum is not None:
+            parts.append(f"{'above' if self.open_minimum else 'from'} {self.minimum:g}")
+        if self.maximum is not None:
+            parts.append(f"{'below' if self.open_maximum else 'to'} {self.maximum:g}")
+        return " ".join([noun, *parts])
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor as its method sees it: no file, no offset, only what the arithmetic depends on.
+
+    Attributes
+    ----------
+    name : str
+        Name of the output tensor.
+    shape : tuple of int
+    models : int
+        K, the number of models merged; the base is not counted where the method works on deltas or has a primary.
+    work : numpy dtype
+        float32, or float64 where an input tensor is F64.
+    params : mapping
+        The method's global parameters, resolved for this tensor.
+    model_params : tuple of mapping
+        The per-model parameters, one mapping per model in recipe order.
+    sparsify : str
+        Name of the sparsifier that thins the deltas first; "none" if none does.
+    sparsify_params : tuple of mapping
+        Its parameters, one mapping per model.
+    seed : int
+        The recipe's seed.
+    scope : {'tensor', 'model'}
+        Where thresholds are taken: over this tensor, or over all that are merged in the same way.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    models: int
+    work: np.dtype[Any]
+    params: Mapping[str, Any]
+    model_params: tuple[Mapping[str, Any], ...]
+    sparsify: str = "none"
+    sparsify_params: tuple[Mapping[str, Any], ...] = ()
+    seed: int = 0
+    scope: str = "tensor"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return block_count(self.shape)
+
+    def per_model(self, name: str) -> Array:
+        """Parameter `name` of every model: shape (models,), in the working type."""
+        return np.array([params[name] for params in self.model_params], self.work)
+
+
+@dataclass(slots=True)
+class Tile:
+    """One block of one tensor, decoded to the working type. Its arrays belong to the worker and are used again.
+
+    Attributes
+    ----------
+    index : int
+        Number of the block.
+    start : int
+        Flat index of its first element in the tensor.
+    base : ndarray, shape (n,), or None
+        The base's (or the primary's) values. Not to be modified.
+    values : ndarray, shape (models, n)
+        Deltas to the base, or the models' own weights, as the method's `space` says. A sparsifier or a kernel may
+        overwrite them; the next sweep decodes them anew.
+    scratch : ndarray, shape (method.scratch_rows, n)
+        Working memory with undefined contents.
+    """
+
+    index: int
+    start: int
+    base: Array | None
+    values: Array
+    scratch: Array
+
+
+@dataclass(slots=True)
+class Accumulator:
+    """What one sweep of a reduction collects.
+
+    Attributes
+    ----------
+    counts : int64 ndarray or None
+        Exact integers, zeroed before use. Each worker counts into an array of its own; the runner adds them up, in any
+        order.
+    blocks : float64 ndarray, shape (blocks, ...), or None
+        One row per block, written by whoever holds that block.
+    """
+
+    counts: Array | None = None
+    blocks: Array | None = None
+
+
+class Reduction(Protocol):
+    """One sweep over a tensor. Implementations are stateless: everything they know is in `job` and `state`."""
+
+    @property
+    def name(self) -> str:
+        """A word for plans and graphs, such as "coarse histogram"."""
+
+    def needed(self, job: Job, state: State) -> bool:
+        """False if the state already answers this reduction, so that the sweep is skipped."""
+
+    def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Shapes of `Accumulator.counts` and of one row of `Accumulator.blocks`; None for one that is not used."""
+
+    def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
+        """Add one tile. Runs in several threads at once, each with a tile and `counts` of its own."""
+
+    def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
+        """New entries for the state, once all tiles are in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a round found out about the whole model.
+
+    Attributes
+    ----------
+    common : State
+        The same for every tensor of the group.
+    each : State
+        Arrays whose first axis is the tensors of the group, in plan order: each tensor gets its own row.
+    """
+
+    common: State = field(default_factory=dict)
+    each: State = field(default_factory=dict)
+
+    def of(self, position: int) -> State:
+        """Entries for the state of the tensor at this position of the group.
+
+        Examples
+        --------
+        >>> Shared({"a": np.array(1)}, {"b": np.array([[2.0], [3.0]])}).of(1)
+        {'a': array(1), 'b': array([3.])}
+        """
+        return {**self.common, **{name: rows[position] for name, rows in self.each.items()}}
+
+    def __or__(self, other: Shared) -> Shared:
+        """Both; entries of `other` replace those of the same name."""
+        return Shared({**self.common, **other.common}, {**self.each, **other.each})
+
+
+class Round(Protocol):
+    """A sweep over all tensors of a group, before any of them is made: a reduction of the whole model.
+
+    A *group* is all tensors that are merged by the same method and sparsifier from the same models, with the same
+    parameters as far as rounds depend on them. The runner makes the round's reductions for every tensor, starting from
+    the shared state of earlier rounds, keeps what the tensor contributes, and drops its state; `finish` then says what
+    all tensors are to know.
+    """
+
+    @property
+    def name(self) -> str:
+        """A word for plans and events."""
+
+    def reductions(self, job: Job) -> tuple[Reduction, ...]:
+        """The sweeps over one tensor."""
+
+    def counts(self, job: Job, state: State) -> Array | None:
+        """Exact integers (int64) that are added up over the tensors, in any order."""
+
+    def values(self, job: Job, state: State) -> Array | None:
+        """A few numbers (float64) that are collected in plan order."""
+
+    def finish(
+        self, jobs: Sequence[Job], shared: Shared, counts: Array | None, values: Sequence[Array | None]
+    ) -> Shared:
+        """New entries for the shared state; `shared` is that of the rounds before."""
+
+
+class MatrixSolver(Protocol):
+    """Works on one whole matrix, step by step, and then gives out the rows of its update. See `tasks/subspace`."""
+
+    def step(self, number: int) -> None:
+        """Take the next step, numbered from 0."""
+
+    def findings(self) -> State:
+        """What was found out, once the last step is taken: small arrays of one shape for all tensors of a merge."""
+
+    def add_update(self, span: tuple[int, int], out: Array) -> None:
+        """Add rows `span` of the update to `out`, float64, shape (rows, columns). In several threads at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeMatrix:
+    """How a method works on whole matrices; tensors that are none of those go through its kernel.
+
+    Attributes
+    ----------
+    takes : callable
+        Whether a tensor is worked on as a whole matrix.
+    steps : callable
+        Names of the steps: each waits for the one before, and the rows of the output for the last one.
+    start : callable
+        ``start(job, sources, device)``: a solver. `sources` are the thinned task vectors as
+        :class:`mergepipe.tasks.subspace.panels.Panels`, in recipe order.
+    peak : callable
+        float64 values that the solver holds at its peak: a function of shape and parameters alone. Raises `RecipeError`
+        where the parameters do not suit the shape.
+    """
+
+    takes: Callable[[Job], bool]
+    steps: Callable[[Job], tuple[str, ...]]
+    start: Callable[[Job, Sequence[Any], str], MatrixSolver]
+    peak: Callable[[Job], int]
+
+
+Kernel = Callable[[Job, State, Tile, Array], None]
+"""Writes one block of the output, in the working type, into the last argument, shape (n,)."""
+
+
+StoredKernel = Callable[[Sequence[Array], Array], bool]
+"""From the stored bits of a unit (the base first, if there is one) to those of its output, shape (n,). False, with the
+output undefined, where a value is not finite or does not fit: then the general way finds out where. A reduction may
+have a method `stored` of the same kind, whose second argument is `Accumulator.counts`."""
+
+StoredKernels = Callable[[Job, State], StoredKernel | None]
+
+
+def no_stored(job: Job, state: State) -> StoredKernel | None:
+    """The stored kernel of a method that has none."""
+    return None
+
+
+Masks = Callable[[Job, State, Tile], Array]
+"""One mask per model, bool, shape (models, n), of a tile that the kernel has just worked on. A method that has masks
+leaves ``rescalers`` (float64, (models,)) in the state by a round; see :mod:`mergepipe.pipeline.masks`."""
+
+
+def no_reductions(job: Job) -> tuple[Reduction, ...]:
+    """The reductions of a method that needs none."""
+    return ()
+
+
+def no_rounds(jobs: Sequence[Job]) -> tuple[Round, ...]:
+    """The rounds of what looks at one tensor at a time."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsifier:
+    """A way to thin a task vector; plugs in before any method that works on deltas.
+
+    Attributes
+    ----------
+    name, title, summary, paper, specification, known, chosen
+        As in :class:`MergeMethod`.
+    parameters : tuple of Parameter
+        Each may differ per model.
+    reductions : callable
+        Sweeps it needs for one tensor, in order.
+    mask : callable
+        ``mask(job, state, tile)`` thins (and rescales) `tile.values` in place. Called by the kernels of the methods
+        that work on deltas, which may fuse it with what they do next.
+    rounds : callable
+        Sweeps over the whole model that come first, given the jobs of a group in plan order.
+    scopes : tuple of str
+        Where it can take its thresholds: "tensor", "model".
+    """
+
+    name: str
+    title: str
+    summary: str
+    parameters: tuple[Parameter, ...]
+    reductions: Callable[[Job], tuple[Reduction, ...]]
+    mask: Callable[[Job, State, Tile], None]
+    rounds: Callable[[Sequence[Job]], tuple[Round, ...]] = no_rounds
+    scopes: tuple[str, ...] = ("tensor",)
+    paper: Paper | None = None
+    specification: str = "published"
+    known: tuple[str, ...] = field(default=())
+    chosen: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class MergeMethod:
+    """A merge method, declared.
+
+    Attributes
+    ----------
+    name : str
+        As it stands in a recipe.
+    title, summary : str
+        For `mergepipe methods` and the model card.
+    base : {'required', 'optional', 'primary', 'ignored'}
+        Whether deltas are taken to a base; 'optional' if they are where there is one, and the models' own weights are
+        merged else; 'primary' if the base is one of the two parties; 'ignored' if a base only lends its configuration.
+    space : {'deltas', 'weights'}
+        What `Tile.values` holds; of a method whose base is optional, deltas where there is a base.
+    parameters : tuple of Parameter
+    kernel : callable
+    reductions : callable
+        The sweeps it needs, sparsifier's included, given the job.
+    min_models, max_models : int, int or None
+        How many models it takes, the base not counted (except where `base` is 'ignored').
+    trim : str
+        The sparsifier it brings along, which `sparsify:` replaces; "none" if none.
+    scratch_rows : int
+        Rows of working memory its kernel and reductions need per tile.
+    stored : callable
+        ``stored(job, state)`` is a kernel from bits to bits for units whose inputs and output are all BF16, or None;
+        see :data:`StoredKernel`. It gives the same bits as `kernel`.
+    matrix : WholeMatrix or None
+        For a method that looks at whole matrices.
+    rounds : callable
+        Sweeps over the whole model that come first, after those of the sparsifier, given the jobs of a group in plan
+        order.
+    rounds_read : tuple of str
+        The method's own parameters that its rounds depend on: tensors that differ in one are not of one group.
+    masks : callable or None
+        What is kept beside the output for each model; see :data:`Masks`.
+    scopes : tuple of str
+        Where the method itself can take thresholds: "tensor", "model".
+    paper : Paper or None
+    specification : str
+        "published", or the version of a reconstruction such as "tadrop-r1".
+    known, chosen : tuple of str
+        For a reconstruction: what is known of the original, and what is our choice.
+    """
+
+    name: str
+    title: str
+    summary: str
+    base: Literal["required", "optional", "primary", "ignored"]
+    space: Literal["deltas", "weights"]
+    parameters: tuple[Parameter, ...]
+    kernel: Kernel
+    reductions: Callable[[Job], tuple[Reduction, ...]] = no_reductions
+    min_models: int = 1
+    max_models: int | None = None
+    trim: str = "none"
+    scratch_rows: int = 0
+    stored: StoredKernels = no_stored
+    matrix: WholeMatrix | None = None
+    rounds: Callable[[Sequence[Job]], tuple[Round, ...]] = no_rounds
+    rounds_read: tuple[str, ...] = ()
+    masks: Masks | None = None
+    scopes: tuple[str, ...] = ("tensor",)
+    paper: Paper | None = None
+    specification: str = "published"
+    known: tuple[str, ...] = field(default=())
+    chosen: tuple[str, ...] = field(default=())
+
+    def whole(self, job: Job) -> WholeMatrix | None:
+        """How this tensor is worked on as a whole matrix; None if it goes through the kernel."""
+        return self.matrix if self.matrix is not None and self.matrix.takes(job) else None
+
+    def parameter(self, name: str) -> Parameter | None:
+        """The declaration of parameter `name`, or None."""
+        return next((p for p in self.parameters if p.name == name), None)

@@ -1,0 +1,32 @@
+"""Model Breadcrumbs: drop outliers and small elements of each task vector, then add up."""
+
+from __future__ import annotations
+
+from mergepipe.tasks import task_vectors as family
+from mergepipe.tasks.breadcrumbs import PARAMETERS
+from mergepipe.tasks.method import MergeMethod, Paper
+
+METHOD = MergeMethod(
+    name="breadcrumbs",
+    title="Model Breadcrumbs",
+    summary="drops the largest and the smallest elements of the task vectors and adds up the rest",
+    base="required",
+    space="deltas",
+    parameters=(
+        *family.WEIGHTS,
+        *PARAMETERS,
+        family.LAMBDA,
+        family.normalize(False),
+        family.consensus("none"),
+        family.INT8_MASK,
+    ),
+    kernel=family.apply,
+    stored=family.stored,
+    reductions=family.reductions,
+    rounds=family.rounds,
+    trim="breadcrumbs",
+    scratch_rows=family.SCRATCH_ROWS,
+    paper=Paper(
+        "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", "https://arxiv.org/abs/2312.06795"
+    ),
+)

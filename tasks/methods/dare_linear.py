@@ -1,0 +1,34 @@
+"""DARE, then task arithmetic: drop at random, scale the rest, add up."""
+
+from __future__ import annotations
+
+from mergepipe.tasks import task_vectors as family
+from mergepipe.tasks import weighting
+from mergepipe.tasks.host_drop import RESCALE, RESCALE_BY, HostDrop
+from mergepipe.tasks.method import MergeMethod, Paper
+from mergepipe.tasks.random_drop import DENSITY, drop
+
+_HOST = HostDrop(drop)
+
+METHOD = MergeMethod(
+    name="dare_linear",
+    title="DARE",
+    summary="drops random elements of the task vectors, scales the rest and adds them to the base",
+    base="required",
+    space="deltas",
+    parameters=(
+        *family.WEIGHTS,
+        DENSITY,
+        RESCALE,
+        RESCALE_BY,
+        family.LAMBDA,
+        family.normalize(False),
+        family.consensus("none"),
+        family.INT8_MASK,
+    ),
+    kernel=_HOST.apply,
+    reductions=_HOST.reductions,
+    rounds=weighting.rounds,
+    scratch_rows=family.SCRATCH_ROWS,
+    paper=Paper("Language Models are Super Mario", "https://arxiv.org/abs/2311.03099"),
+)

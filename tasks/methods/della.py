@@ -1,0 +1,36 @@
+"""DELLA: drop at random, small elements of a row more often, then the sign consensus of TIES."""
+
+from __future__ import annotations
+
+from mergepipe.tasks import task_vectors as family
+from mergepipe.tasks import weighting
+from mergepipe.tasks.della import EPSILON, check, drop
+from mergepipe.tasks.host_drop import RESCALE, RESCALE_BY, HostDrop
+from mergepipe.tasks.method import MergeMethod, Paper
+from mergepipe.tasks.random_drop import DENSITY
+
+_HOST = HostDrop(drop, check)
+
+METHOD = MergeMethod(
+    name="della",
+    title="DELLA",
+    summary="drops elements of the task vectors at random by their rank in a row and merges those that agree in sign",
+    base="required",
+    space="deltas",
+    parameters=(
+        *family.WEIGHTS,
+        DENSITY,
+        EPSILON,
+        RESCALE,
+        RESCALE_BY,
+        family.LAMBDA,
+        family.normalize(True),
+        family.consensus("sum"),
+        family.INT8_MASK,
+    ),
+    kernel=_HOST.apply,
+    reductions=_HOST.reductions,
+    rounds=weighting.rounds,
+    scratch_rows=family.SCRATCH_ROWS,
+    paper=Paper("DELLA-Merging: Reducing Interference in Model Merging", "https://arxiv.org/abs/2406.11617"),
+)

@@ -1,0 +1,519 @@
+"""The bodies of the graph's nodes: read a unit, compute, write it. The one module of this layer that does I/O.
+
+A *unit* is a run of whole blocks of one tensor. Its inputs are read through windows, block by block decoded into the
+worker's own tile, handed to a reduction or to the kernel, and the encoded result is written at its planned offset.
+Arrays never travel between nodes: a node returns nothing, what it found is in the accumulators and the state of its
+:class:`TensorWork`, and Dask's edges only say what must come before what.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mergepipe.errors import NonFiniteError
+from mergepipe.storage.dtypes import DTYPES
+from mergepipe.storage.manifest import ChunkManifest, Segment
+from mergepipe.storage.readers import Reader
+from mergepipe.storage.writer import PAGE
+from mergepipe.tasks import convert
+from mergepipe.tasks.method import (
+    Accumulator,
+    Array,
+    Job,
+    MatrixSolver,
+    MergeMethod,
+    Reduction,
+    State,
+    StoredKernel,
+    Tile,
+    block_bounds,
+    no_stored,
+)
+from mergepipe.tasks.subspace.declare import thin
+from mergepipe.tasks.subspace.panels import Made, blocks_of, rows_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """One input tensor: where its bytes are, and whose it is.
+
+    Attributes
+    ----------
+    model : str
+        The model's name, for messages.
+    manifest : ChunkManifest
+    name : str
+        The tensor's name in that model.
+    dtype : str
+        Its safetensors dtype.
+    """
+
+    model: str
+    manifest: ChunkManifest
+    name: str
+    dtype: str
+
+
+class Sink(Protocol):
+    """Takes encoded bytes of one output tensor."""
+
+    def place(self, offset: int) -> int:
+        """Where in a page the byte `offset` of the tensor lies; from the same place of memory it is written fastest."""
+
+    def __call__(self, offset: int, data: npt.NDArray[Any]) -> None:
+        """Write a contiguous array `offset` bytes into the tensor; the array may be reused afterwards."""
+
+    def mask(self, model: int, start: int, bits: npt.NDArray[Any]) -> None:
+        """Keep a model's mask, bool, of the elements from `start` on; before the elements themselves are written."""
+
+
+class Nowhere:
+    """The sink of a sweep that has no output."""
+
+    def place(self, offset: int) -> int:
+        """Anywhere."""
+        return 0
+
+    def __call__(self, offset: int, data: npt.NDArray[Any]) -> None:
+        """Nothing is ever written."""
+        raise AssertionError("a sweep of a round writes nothing")
+
+    def mask(self, model: int, start: int, bits: npt.NDArray[Any]) -> None:
+        """Nor that."""
+        raise AssertionError("a sweep of a round writes nothing")
+
+
+class WorkerBuffers(threading.local):
+    """Arrays that each worker thread allocates once and uses again: nothing is allocated in the hot path."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def get(self, role: str, shape: tuple[int, ...], dtype: Any, place: int = 0) -> Array:
+        """An array with undefined contents, valid until this thread asks for the same role again.
+
+        It begins `place` bytes into a page of memory.
+        """
+        dtype = np.dtype(dtype)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        flat = self._flat.get(role)
+        if flat is None or flat.nbytes < nbytes + 2 * PAGE:
+            flat = self._flat[role] = np.empty(nbytes + 2 * PAGE, np.uint8)
+        start = -flat.ctypes.data % PAGE + place
+        array: Array = flat[start : start + nbytes].view(dtype).reshape(shape)
+        return array
+
+
+class TensorWork:
+    """One tensor on its way through its sweeps and its kernel.
+
+    Parameters
+    ----------
+    job : Job
+    method : MergeMethod
+    base : TensorSource or None
+    models : sequence of TensorSource
+        One per model, in recipe order.
+    out_dtype : str
+        safetensors dtype of the output.
+    units : sequence of (int, int)
+        First block and one past the last block of each unit of the output that is to be made.
+    reader : Reader
+    sink : Sink
+    buffers : WorkerBuffers
+    stop : callable
+        Raises if the run is to end; asked before each unit.
+    report : callable
+        ``report(stage, nbytes)`` is called when a unit is done, with the bytes it read and wrote.
+    sweep_units : sequence of (int, int), optional
+        Units of the reductions, which always cover the whole tensor; `units` by default.
+    state : State, optional
+        What the reductions found in an earlier run: they are not made again.
+    on_state : callable, optional
+        Told the state when the last reduction is done.
+    resident : bool
+        Whether the reader shall keep what the reductions read until the kernel has read it too.
+    shared : State, optional
+        What rounds have found out about the whole model: the reductions start from it.
+    sweeps : sequence of Reduction, optional
+        For a sweep of a round: its reductions, in place of the method's.
+    """
+
+    steps: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        job: Job,
+        method: MergeMethod,
+        base: TensorSource | None,
+        models: Sequence[TensorSource],
+        out_dtype: str,
+        units: Sequence[tuple[int, int]],
+        reader: Reader,
+        sink: Sink,
+        buffers: WorkerBuffers,
+        stop: Callable[[], None],
+        report: Callable[[str, int], None],
+        sweep_units: Sequence[tuple[int, int]] | None = None,
+        state: State | None = None,
+        on_state: Callable[[State], None] | None = None,
+        resident: bool = True,
+        shared: State | None = None,
+        sweeps: Sequence[Reduction] | None = None,
+    ) -> None:
+        self.job = job
+        self.method = method
+        self.base = base
+        self.models = tuple(models)
+        self.out = DTYPES[out_dtype]
+        self.units = tuple(units)
+        self.sweep_units = self.units if sweep_units is None else tuple(sweep_units)
+        own = method.reductions(job) if sweeps is None else tuple(sweeps)
+        self.sweeps: tuple[Reduction, ...] = own if state is None else ()
+        self.state: State = (shared or {}) if state is None else state
+        self._on_state = on_state
+        self._resident = resident
+        self._reader = reader
+        self._sink = sink
+        self._buffers = buffers
+        self._stop = stop
+        self._report = report
+        self._lock = threading.Lock()
+        self._all_bf16 = all(source.dtype == "BF16" for source in self.sources) and job.work == np.float32
+        self._accumulators: dict[int, Accumulator] = {}
+
+    @property
+    def sources(self) -> tuple[TensorSource, ...]:
+        """Everything that is read: the base first, if there is one."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+    def begin(self) -> None:
+        """Tell the reader what will be asked for."""
+        sweeps = [self.sweep_units] * (min(1, len(self.sweeps)) if self._resident else len(self.sweeps))
+        apply = () if sweeps and self._resident and self.units == self.sweep_units else self.units
+        self._reader.ahead(self._segments(blocks) for units in (*sweeps, apply) for blocks in units)
+
+    def end(self) -> None:
+        """Tell the reader that nothing will be asked for any more."""
+        units = {*self.units, *self.sweep_units} if self.sweeps else self.units
+        self._reader.forget(segments for blocks in units for segments in self._segments(blocks))
+
+    def reduce(self, sweep: int, unit: int, *_after: object) -> None:
+        """Add one unit to the accumulators of a sweep; nothing to do where the state answers it already."""
+        reduction = self.sweeps[sweep]
+        if reduction.needed(self.job, self.state):
+            self._stop()
+            self._sweep(reduction, sweep, unit)
+        self._report(reduction.name, self._input_bytes(self.sweep_units[unit]))
+
+    def _sweep(self, reduction: Reduction, sweep: int, unit: int) -> None:
+        total = self._accumulator(sweep, reduction)
+        counts = None
+        if total.counts is not None:
+            counts = total.counts
+            if len(self.sweep_units) > 1:
+                counts = self._buffers.get("counts", total.counts.shape, np.int64)
+                counts.fill(0)
+        mine = Accumulator(counts, total.blocks)
+        # Not every reduction has a way to count stored bits.
+        stored = getattr(reduction, "stored", no_stored)(self.job, self.state) if self._all_bf16 else None
+        blocks, last = self.sweep_units[unit], not self._resident
+        if stored is None or not self._run_stored(stored, blocks, mine.counts, last=last):
+            for tile in self._tiles(blocks, last=last):
+                reduction.update(self.job, self.state, mine, tile)
+        if counts is not None and counts is not total.counts:
+            with self._lock:
+                total.counts += counts
+
+    def combine(self, sweep: int, *_after: object) -> None:
+        """Turn what a sweep collected into new entries of the state."""
+        reduction = self.sweeps[sweep]
+        if reduction.needed(self.job, self.state):
+            accumulator = self._accumulator(sweep, reduction)
+            self.state = {**self.state, **reduction.combine(self.job, self.state, accumulator)}
+            self._accumulators.pop(sweep, None)
+        if sweep == len(self.sweeps) - 1 and self._on_state is not None:
+            self._on_state(self.state)
+
+    def apply(self, unit: int, *_after: object) -> None:
+        """Compute one unit of the output and write it."""
+        self._stop()
+        start, stop = self._bounds(self.units[unit])
+        place = self._sink.place(start * self.out.itemsize)
+        out = self._buffers.get("output", (stop - start,), self.out.bits, place)
+        stored = self.method.stored(self.job, self.state) if self._all_bf16 and self.out.name == "BF16" else None
+        if stored is None or not self._run_stored(stored, self.units[unit], out, last=True):
+            self._run_tiles(unit, out)
+        self._sink(start * self.out.itemsize, out)
+        self._report("apply", self._input_bytes(self.units[unit]) + out.nbytes)
+
+    def _run_stored(self, body: StoredKernel, blocks: tuple[int, int], out: Array | None, *, last: bool) -> bool:
+        """Hand a unit's stored bits to `body` as they are; its answer."""
+        assert out is not None, "it writes something"
+        with self._reader.windows(self._segments(blocks), last=last) as windows:
+            return body([self._aligned(i, raw) for i, raw in enumerate(windows)], out)
+
+    def _run_tiles(self, unit: int, out: Array) -> None:
+        """Decode a unit block by block, hand each to the kernel, and encode what it makes of it."""
+        start = self._bounds(self.units[unit])[0]
+        merged = self._buffers.get("merged", (self._longest(),), self.job.work)
+        for tile in self._tiles(self.units[unit], last=True):
+            n = tile.values.shape[1]
+            self.method.kernel(self.job, self.state, tile, merged[:n])
+            if self.method.masks is not None:
+                for model, bits in enumerate(self.method.masks(self.job, self.state, tile)):
+                    self._sink.mask(model, tile.start, bits)
+            at = tile.start - start
+            self._encode(merged[:n], tile.start, out[at : at + n])
+
+    def _encode(self, merged: Array, start: int, out: Array) -> None:
+        """Round once, to the output's dtype; `merged` begins at element `start`."""
+        overflow = convert.encode(merged, self.out.name, out)
+        if overflow >= 0:
+            raise NonFiniteError(
+                f"'{self.job.name}' overflows {self.out.alias} at element {start + overflow:,} "
+                f"(value {float(merged[overflow]):.6g}): write a wider type with `dtype: bfloat16` or float32"
+            )
+
+    def _input_bytes(self, blocks: tuple[int, int]) -> int:
+        start, stop = self._bounds(blocks)
+        return (stop - start) * sum(DTYPES[source.dtype].itemsize for source in self.sources)
+
+    def _bounds(self, blocks: tuple[int, int]) -> tuple[int, int]:
+        """First element and one past the last of a run of blocks."""
+        return block_bounds(self.job.shape, blocks[0])[0], block_bounds(self.job.shape, blocks[1] - 1)[1]
+
+    def _longest(self) -> int:
+        start, stop = block_bounds(self.job.shape, 0)
+        return stop - start
+
+    def _accumulator(self, sweep: int, reduction: Reduction) -> Accumulator:
+        with self._lock:
+            if sweep not in self._accumulators:
+                counts, row = reduction.shapes(self.job)
+                self._accumulators[sweep] = Accumulator(
+                    None if counts is None else np.zeros(counts, np.int64),
+                    None if row is None else np.zeros((self.job.blocks, *row), np.float64),
+                )
+            return self._accumulators[sweep]
+
+    def _tiles(self, blocks: tuple[int, int], *, last: bool) -> Iterator[Tile]:
+        """The blocks of a unit, one after another, decoded into this worker's buffers."""
+        start = self._bounds(blocks)[0]
+        job, longest = self.job, self._longest()
+        with self._reader.windows(self._segments(blocks), last=last) as windows:
+            stored = [self._aligned(i, raw) for i, raw in enumerate(windows)]
+            base_row = self._buffers.get("base", (longest,), job.work)
+            values = self._buffers.get("values", (job.models, longest), job.work)
+            scratch = self._buffers.get("scratch", (self.method.scratch_rows, longest), job.work)
+            for index in range(*blocks):
+                first, after = block_bounds(job.shape, index)
+                yield self._decode(stored, index, first, slice(first - start, after - start), base_row, values, scratch)
+
+    def _decode(
+        self,
+        stored: Sequence[Array],
+        index: int,
+        first: int,
+        part: slice,
+        base_row: Array,
+        values: Array,
+        scratch: Array,
+    ) -> Tile:
+        n = part.stop - part.start
+        # Contiguous rows of a shorter last block: the tile is a fresh view on the front of the same memory.
+        tile_values = values.reshape(-1)[: self.job.models * n].reshape(self.job.models, n)
+        tile_scratch = scratch.reshape(-1)[: self.method.scratch_rows * n].reshape(self.method.scratch_rows, n)
+        base = None
+        rows = stored
+        if self.base is not None:
+            base = base_row[:n]
+            self._check(convert.decode(stored[0][part], self.base.dtype, base), self.base, first)
+            rows = stored[1:]
+        for k, (source, row) in enumerate(zip(self.models, rows, strict=True)):
+            if base is not None and self.method.space == "deltas":
+                bad = convert.decode_delta(row[part], source.dtype, base, tile_values[k])
+            else:
+                bad = convert.decode(row[part], source.dtype, tile_values[k])
+            self._check(bad, source, first)
+        return Tile(index, first, base, tile_values, tile_scratch)
+
+    def _segments(self, blocks: tuple[int, int]) -> list[list[Segment]]:
+        """For each source, where a run of blocks is."""
+        start, stop = self._bounds(blocks)
+        return [source.manifest.segments(source.name, start, stop) for source in self.sources]
+
+    def _aligned(self, number: int, raw: npt.NDArray[np.uint8]) -> Array:
+        """The stored values of a window of source `number`; copied where the file has them at an odd address."""
+        bits = DTYPES[self.sources[number].dtype].bits
+        if raw.ctypes.data % bits.itemsize:
+            copy = self._buffers.get(f"aligned{number}", raw.shape, np.uint8)
+            copy[:] = raw
+            raw = copy
+        return raw.view(bits)
+
+    def _check(self, bad: int, source: TensorSource, first: int) -> None:
+        if bad >= 0:
+            raise NonFiniteError(
+                f"'{source.name}' of model '{source.model}' holds a NaN or an infinity at element {first + bad:,} "
+                f"(flat index, row-major): repair or leave out the model, or take this tensor from the base with "
+                f"a rule (`match`, `merge_method: passthrough`)"
+            )
+
+
+class MatrixWork(TensorWork):
+    """A tensor whose method looks at the whole matrix: sweeps of its sparsifier, the solver's steps, then its rows.
+
+    What the solver found goes with the state, but the solver itself is not kept: where a run goes on with some rows,
+    the steps are taken again.
+
+    Parameters
+    ----------
+    device : str
+        Where the solver works, as torch names it.
+    others
+        As for :class:`TensorWork`; `units` are those of :func:`mergepipe.tasks.subspace.panels.spans`.
+    """
+
+    def __init__(self, *arguments: Any, device: str = "cpu", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        matrix = self.method.whole(self.job)
+        assert matrix is not None, "the scheduler asks before"
+        self._matrix = matrix
+        self._shape = (self.job.shape[0], self.job.shape[1])
+        self._device = device
+        self._solver: MatrixSolver | None = None
+        self._alone: dict[int, TensorWork] = {}
+        self._panels: set[tuple[int, int]] = set()
+        self.steps = matrix.steps(self.job) if self.units else ()
+
+    def begin(self) -> None:
+        """Nothing to announce: panels are read as often as the solver asks for them."""
+
+    def end(self) -> None:
+        """Let the solver's memory go, and what the reader kept for it."""
+        self._solver = None
+        for work in (self, *self._alone.values()):
+            self._reader.forget(segments for blocks in self._panels for segments in work._segments(blocks))
+
+    def take_step(self, number: int, *_after: object) -> None:
+        """Take one step of the solver."""
+        self._stop()
+        if self._solver is None:
+            sources = [Made(self._shape, partial(self._panel, k)) for k in range(self.job.models)]
+            self._solver = self._matrix.start(self.job, sources, self._device)
+        self._solver.step(number)
+        if number == len(self.steps) - 1:
+            self.state = {**self.state, **self._solver.findings()}
+            if self._on_state is not None:
+                self._on_state(self.state)
+        self._report(self.steps[number], 0)
+
+    def apply(self, unit: int, *_after: object) -> None:
+        """Put some rows of the update on the base and write them."""
+        self._stop()
+        assert self._solver is not None, "steps come before"
+        assert self.base is not None, "these methods need one"
+        blocks = self.units[unit]
+        start, stop = self._bounds(blocks)
+        merged = self._buffers.get("rows", (stop - start,), np.float64)
+        segments = self.base.manifest.segments(self.base.name, start, stop)
+        with self._reader.window(segments, last=True) as window:
+            self._check(convert.decode(self._aligned(0, window), self.base.dtype, merged), self.base, start)
+        self._solver.add_update(rows_of(self._shape, blocks), merged.reshape(-1, self._shape[1]))
+        out = self._buffers.get("output", merged.shape, self.out.bits, self._sink.place(start * self.out.itemsize))
+        self._encode(merged, start, out)
+        self._sink(start * self.out.itemsize, out)
+        self._report("apply", self._input_bytes(blocks) + out.nbytes)
+
+    def _panel(self, model: int, span: tuple[int, int]) -> torch.Tensor:
+        """Rows `span` of the thinned task vector of one model."""
+        import torch
+
+        self._stop()
+        blocks = blocks_of(self._shape, span)
+        self._panels.add(blocks)
+        start, stop = self._bounds(blocks)
+        rows = np.empty(stop - start, np.float64)
+        # A sparsifier's mask takes all models at once; without one only this model is read.
+        thins = self.job.sparsify != "none"
+        work = self if thins else self._single(model)
+        for tile in work._tiles(blocks, last=not self._resident):
+            if thins:
+                thin(self.job, self.state, tile)
+            rows[tile.start - start :][: tile.values.shape[1]] = tile.values[model if thins else 0]
+        return torch.from_numpy(rows.reshape(-1, self._shape[1])).to(self._device)
+
+    def _single(self, model: int) -> TensorWork:
+        """The same tensor as if only one model was merged."""
+        if model not in self._alone:
+            job = replace(self.job, models=1, model_params=self.job.model_params[model : model + 1])
+            self._alone[model] = TensorWork(
+                job, self.method, self.base, self.models[model : model + 1], self.out.name, (), self._reader,
+                self._sink, self._buffers, self._stop, self._report, state={},
+            )  # fmt: skip
+        return self._alone[model]
+
+
+class TensorCopy:
+    """One tensor that is taken over as it is, byte for byte.
+
+    Parameters
+    ----------
+    source : TensorSource
+    nelements : int
+    units : sequence of (int, int)
+        First element and one past the last of each unit.
+    reader, sink, stop, report
+        As for :class:`TensorWork`.
+    """
+
+    sweeps: tuple[Reduction, ...] = ()
+    steps: tuple[str, ...] = ()
+    sweep_units: tuple[tuple[int, int], ...] = ()
+
+    def __init__(
+        self,
+        source: TensorSource,
+        units: Sequence[tuple[int, int]],
+        reader: Reader,
+        sink: Sink,
+        stop: Callable[[], None],
+        report: Callable[[str, int], None],
+    ) -> None:
+        self.source = source
+        self.units = tuple(units)
+        self.state: State = {}
+        self._itemsize = DTYPES[source.dtype].itemsize
+        self._reader = reader
+        self._sink = sink
+        self._stop = stop
+        self._report = report
+
+    def begin(self) -> None:
+        """Tell the reader what will be asked for."""
+        self._reader.ahead([self._segments(unit)] for unit in self.units)
+
+    def end(self) -> None:
+        """Nothing is kept, so nothing to forget."""
+
+    def _segments(self, unit: tuple[int, int]) -> list[Segment]:
+        return self.source.manifest.segments(self.source.name, *unit)
+
+    def apply(self, unit: int, *_after: object) -> None:
+        """Copy one unit."""
+        self._stop()
+        start = self.units[unit][0]
+        with self._reader.window(self._segments(self.units[unit]), last=True) as window:
+            self._sink(start * self._itemsize, window)
+            self._report("apply", 2 * window.nbytes)

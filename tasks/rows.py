@@ -1,0 +1,372 @@
+"""Row statistics: how far a donor's rows diverge from the primary's, and what each element contributes.
+
+A row runs along the last axis. With ``D = B - A`` in the working type, ``p = softmax(A)``, ``q = softmax(B)`` and the
+mean c of D over the row, ``E = D - c`` and ``z = sum(p * expm1(E))``:
+
+    reverse KL(q || p) = sum(p * exp(E) * E) / (1 + z) - log1p(z)
+    forward KL(p || q) = log1p(z) - sum(p * E)
+
+all in float64, where B stands for A + D; the differences that a fine-tune makes are so small that the textbook formula
+in float32 is noise. Where an element is further than 1 from the mean, 1 + z may vanish, and the logarithms of both
+normalisers are taken instead, which then loses nothing.
+
+A row is worked on in two steps, extremes first and then sums, each of which is a few numbers that can be folded over
+*pieces* of the row. A row that fits a block is one piece; a wider one is cut as :func:`~mergepipe.tasks.method
+.block_bounds` cuts it, whatever the chunks are. The exponential is our own, of additions and multiplications alone: it
+vectorises, and its bits are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from mergepipe.tasks.jit import inlined, kernel
+from mergepipe.tasks.kernels import LANES
+from mergepipe.tasks.method import BLOCK_ELEMENTS, Array, Job
+
+EXTREMES = 6
+"""Of a piece: largest A, largest A + D, sum of D, smallest D, largest D, sum of squares of D."""
+
+SUMS = 4
+"""Of a piece, with weights ``e = exp(A - largest A)``: sums of e, e * expm1(E), e * exp(E) * E and e * E.
+
+Of a piece of a far row, with ``f = exp(A + D - largest A + D)`` beside: sums of e, f, f * D and e * D.
+"""
+
+STATISTICS = 3
+"""Of a row: its divergence, log(sum(exp(A))), and what log(q / p) is short of D."""
+
+FAR = 1.0
+"""Distance of an element of D from the mean above which a row is taken to be far."""
+
+SERIES = 0.3
+"""Log ratio, in magnitude, up to which a pointwise divergence is a series: the closed form cancels there."""
+
+SERIES_TERMS = 12
+
+_LOG2E = 1.4426950408889634
+_LN2_HIGH, _LN2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10
+_ROUND = 6755399441055744.0
+_LIMIT = 700.0
+
+
+@inlined
+def _expm1(x: Any) -> Any:
+    """exp(x) - 1, within a few units of the last place; for magnitudes above 700 that of 700."""
+    x = min(max(x, -_LIMIT), _LIMIT)
+    shifted = x * _LOG2E + _ROUND
+    whole = shifted - _ROUND
+    r = (x - whole * _LN2_HIGH) - whole * _LN2_LOW
+    tail = 1 / 479001600.0 + r * (1 / 6227020800.0)
+    tail = 1 / 3628800.0 + r * (1 / 39916800.0 + r * tail)
+    tail = 1 / 40320.0 + r * (1 / 362880.0 + r * tail)
+    tail = 1 / 720.0 + r * (1 / 5040.0 + r * tail)
+    tail = 1 / 24.0 + r * (1 / 120.0 + r * tail)
+    tail = r + r * r * (0.5 + r * (1 / 6.0 + r * tail))
+    power = np.int64((np.float64(shifted).view(np.int64) + 1023) << 52).view(np.float64)
+    return power * tail + (power - 1.0)
+
+
+@kernel
+def measure_extremes(a: Array, b: Array, lanes: Array, out: Array) -> None:
+    """:data:`EXTREMES` of a piece: `a` and `b` of shape (n,), `lanes` of shape (6, 64) as working memory."""
+    used = min(LANES, a.size)
+    top_a, top_b, total, low, high, squares = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
+    for i in range(used):
+        d = np.float64(b[i] - a[i])
+        top_a[i], top_b[i], total[i], low[i], high[i], squares[i] = a[i], np.float64(a[i]) + d, 0.0, d, d, 0.0
+    for start in range(0, a.size, LANES):
+        x, y = a[start : start + LANES], b[start : start + LANES]
+        for i in range(x.size):
+            d = np.float64(y[i] - x[i])
+            top_a[i] = max(top_a[i], np.float64(x[i]))
+            top_b[i] = max(top_b[i], np.float64(x[i]) + d)
+            low[i] = min(low[i], d)
+            high[i] = max(high[i], d)
+            total[i] += d
+            squares[i] += d * d
+    out[0], out[1], out[2], out[3], out[4], out[5] = top_a[0], top_b[0], 0.0, low[0], high[0], 0.0
+    for i in range(used):
+        out[0], out[1] = max(out[0], top_a[i]), max(out[1], top_b[i])
+        out[3], out[4] = min(out[3], low[i]), max(out[4], high[i])
+        out[2] += total[i]
+        out[5] += squares[i]
+
+
+@kernel
+def _near(a: Array, b: Array, top: float, mean: float, lanes: Array) -> None:
+    weights, moved, first, second = lanes[0], lanes[1], lanes[2], lanes[3]
+    for start in range(0, a.size, LANES):
+        x, y = a[start : start + LANES], b[start : start + LANES]
+        for i in range(x.size):
+            e = np.float64(y[i] - x[i]) - mean
+            weight = _expm1(np.float64(x[i]) - top) + 1.0
+            growth = _expm1(e)
+            weights[i] += weight
+            moved[i] += weight * growth
+            first[i] += weight * (growth + 1.0) * e
+            second[i] += weight * e
+
+
+@kernel
+def _far(a: Array, b: Array, top_a: float, top_b: float, lanes: Array) -> None:
+    weights, others, first, second = lanes[0], lanes[1], lanes[2], lanes[3]
+    for start in range(0, a.size, LANES):
+        x, y = a[start : start + LANES], b[start : start + LANES]
+        for i in range(x.size):
+            d = np.float64(y[i] - x[i])
+            weight = _expm1(np.float64(x[i]) - top_a) + 1.0
+            other = _expm1((np.float64(x[i]) + d) - top_b) + 1.0
+            weights[i] += weight
+            others[i] += other
+            first[i] += other * d
+            second[i] += weight * d
+
+
+@kernel
+def _is_far(extremes: Array, width: int) -> bool:
+    mean = extremes[2] / width
+    return bool(max(extremes[4] - mean, mean - extremes[3]) > FAR)
+
+
+@kernel
+def measure_sums(a: Array, b: Array, extremes: Array, width: int, lanes: Array, out: Array) -> None:
+    """:data:`SUMS` of a piece, given the :data:`EXTREMES` of its whole row and the row's width."""
+    used = min(LANES, a.size)
+    lanes[:SUMS, :used] = 0.0
+    if _is_far(extremes, width):
+        _far(a, b, extremes[0], extremes[1], lanes)
+    else:
+        _near(a, b, extremes[0], extremes[2] / width, lanes)
+    for s in range(SUMS):
+        out[s] = 0.0
+        for i in range(used):
+            out[s] += lanes[s, i]
+
+
+@kernel
+def finish_row(extremes: Array, sums: Array, width: int, reverse: float, forward: float, out: Array) -> None:
+    """:data:`STATISTICS` of a row; `reverse` and `forward` are the weights of the two directions.
+
+    The divergence is 0 where D is the same all along the row, where rounding leaves it below 0, and where D overflows.
+    """
+    mean = extremes[2] / width
+    out[0], out[1], out[2] = 0.0, extremes[0] + math.log(sums[0]), mean
+    spread = extremes[4] - extremes[3]
+    if not (spread > 0.0 and spread < math.inf):
+        return
+    if _is_far(extremes, width):
+        moved = extremes[1] + math.log(sums[1]) - out[1]
+        backward, onward = sums[2] / sums[1] - moved, moved - sums[3] / sums[0]
+    else:
+        z = sums[1] / sums[0]
+        moved = math.log1p(z)
+        backward, onward = sums[2] / sums[0] / (1.0 + z) - moved, moved - sums[3] / sums[0]
+        moved += mean
+    found = reverse * backward + forward * onward
+    out[0] = found if found > 0.0 and found < math.inf else 0.0
+    out[2] = moved
+
+
+@kernel
+def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float, out: Array) -> float:
+    """:data:`STATISTICS` of whole rows.
+
+    Parameters
+    ----------
+    a, b : ndarray, shape (rows * width,)
+        Primary and donor, in the working type.
+    width : int
+    reverse, forward : float
+        Weights of the two directions.
+    out : float64 ndarray, shape (rows, 1 to 3)
+        The first columns are written.
+
+    Returns
+    -------
+    float
+        Sum of squares of D.
+    """
+    lanes = np.empty((EXTREMES, LANES))
+    extremes, sums, found = np.empty(EXTREMES), np.empty(SUMS), np.empty(STATISTICS)
+    energy = 0.0
+    for row in range(a.size // width):
+        x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
+        measure_extremes(x, y, lanes, extremes)
+        energy += extremes[5]
+        if extremes[3] == extremes[4] and out.shape[1] == 1:
+            out[row, 0] = 0.0
+            continue
+        measure_sums(x, y, extremes, width, lanes, sums)
+        finish_row(extremes, sums, width, reverse, forward, found)
+        out[row] = found[: out.shape[1]]
+    return energy
+
+
+@kernel
+def fold_extremes(pieces: Array, out: Array) -> None:
+    """:data:`EXTREMES` of rows, shape (rows, 6), from those of their pieces, shape (rows, pieces, 6), in order."""
+    out[:] = pieces[:, 0]
+    for row in range(pieces.shape[0]):
+        found = out[row]
+        for k in range(1, pieces.shape[1]):
+            piece = pieces[row, k]
+            found[0], found[1] = max(found[0], piece[0]), max(found[1], piece[1])
+            found[3], found[4] = min(found[3], piece[3]), max(found[4], piece[4])
+            found[2] += piece[2]
+            found[5] += piece[5]
+
+
+@kernel
+def finish_rows(extremes: Array, pieces: Array, width: int, reverse: float, forward: float, out: Array) -> None:
+    """:data:`STATISTICS` of rows, shape (rows, 1 to 3), from the sums of their pieces, shape (rows, pieces, 4)."""
+    sums, found = np.empty(SUMS), np.empty(STATISTICS)
+    for row in range(pieces.shape[0]):
+        sums[:] = 0.0
+        for k in range(pieces.shape[1]):
+            sums += pieces[row, k]
+        finish_row(extremes[row], sums, width, reverse, forward, found)
+        out[row] = found[: out.shape[1]]
+
+
+@kernel
+def score_delta(a: Array, b: Array, width: int, rows: Array, always: bool, out: Array) -> None:
+    """``abs(D)`` times the row's divergence.
+
+    Parameters
+    ----------
+    a, b : ndarray, shape (n,)
+        Whole rows, or a piece of one.
+    width : int
+        Elements per row of `rows`.
+    rows : float64 ndarray, shape (rows, 1 to 3)
+        Their statistics.
+    always : bool
+        Whether elements of a row of divergence 0 score ``abs(D)`` rather than 0.
+    out : ndarray, shape (n,)
+    """
+    for row in range(rows.shape[0]):
+        x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
+        scores = out[row * width : (row + 1) * width]
+        factor = 1.0 if always and rows[row, 0] == 0.0 else rows[row, 0]
+        if factor == 0.0:
+            scores[:] = 0
+            continue
+        for i in range(scores.size):
+            scores[i] = np.float64(abs(y[i] - x[i])) * factor
+
+
+@kernel
+def _series(reverse: float, forward: float) -> Array:
+    """Of ``reverse * (exp(r) * r - expm1(r)) + forward * (expm1(r) - r)`` over r squared, highest power first."""
+    found = np.empty(SERIES_TERMS)
+    factorial = 1.0
+    for k in range(2, SERIES_TERMS + 2):
+        factorial *= k
+        found[SERIES_TERMS + 1 - k] = (reverse * (k - 1) + forward) / factorial
+    return found
+
+
+@kernel
+def score_points(
+    a: Array, b: Array, width: int, rows: Array, reverse: float, forward: float, always: bool, out: Array
+) -> None:
+    """What each element contributes to its row's divergence: ``q * log(q / p) - q + p`` in reverse, never negative.
+
+    `rows` has all three columns; the rest is as in :func:`score_delta` and :func:`measure_rows`.
+    """
+    terms = _series(reverse, forward)
+    for row in range(rows.shape[0]):
+        x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
+        scores = out[row * width : (row + 1) * width]
+        kl, normaliser, moved = rows[row, 0], rows[row, 1], rows[row, 2]
+        if kl == 0.0:
+            for i in range(scores.size):
+                scores[i] = abs(y[i] - x[i]) if always else 0
+            continue
+        for i in range(scores.size):
+            r = np.float64(y[i] - x[i]) - moved
+            log_p = np.float64(x[i]) - normaliser
+            p = _expm1(log_p) + 1.0
+            q = _expm1(log_p + r) + 1.0
+            series = 0.0
+            for k in range(SERIES_TERMS):
+                series = series * r + terms[k]
+            near = p * (r * r * series)
+            far = max(reverse * (q * r - q + p) + forward * (q - p - p * r), 0.0)
+            scores[i] = near if abs(r) <= SERIES else far
+
+
+@kernel
+def sort_energies(
+    a: Array, b: Array, keys: Array, low: int, high: int, shift: int, unit: float, counts: Array, lanes: Array
+) -> float:
+    """Sums of squares of D by score: returned for the keys above `high`, by their last bits from `low` to `high`.
+
+    The latter go into `counts`, shape (65536,), in whole multiples of 1 / `unit`, so that they add up exactly in any
+    order. `lanes` is working memory, shape (64,).
+    """
+    lanes[:] = 0.0
+    for start in range(0, a.size, LANES):
+        x, y, key = a[start : start + LANES], b[start : start + LANES], keys[start : start + LANES]
+        inside = np.int64(0)
+        for i in range(x.size):
+            d = np.float64(y[i] - x[i])
+            lanes[i] += d * d if key[i] > high else 0.0
+            inside += np.int64((key[i] >= low) & (key[i] <= high))
+        if inside:
+            for i in range(x.size):
+                if (key[i] >= low) & (key[i] <= high):
+                    d = np.float64(y[i] - x[i])
+                    counts[(key[i] >> shift) & 0xFFFF] += np.int64(d * d * unit + 0.5)
+    return float(lanes.sum())
+
+
+@kernel
+def kept_energy(a: Array, b: Array, scores: Array, least: float, out: Array) -> None:
+    """Count, and sum of squares of D, of the elements that are taken: into `out`, shape (2,)."""
+    lanes = np.zeros((2, LANES))
+    for start in range(0, a.size, LANES):
+        x, y, score = a[start : start + LANES], b[start : start + LANES], scores[start : start + LANES]
+        for i in range(x.size):
+            d = np.float64(y[i] - x[i])
+            taken = (np.float64(score[i]) >= least) & (score[i] > 0)
+            lanes[0, i] += 1.0 if taken else 0.0
+            lanes[1, i] += d * d if taken else 0.0
+    out[0] = lanes[0].sum()
+    out[1] = lanes[1].sum()
+
+
+@kernel
+def take(b: Array, scores: Array, least: float, scale: float, best: Array, primary: Array, out: Array) -> None:
+    """Put the donor's elements into `out` where they score at least `least`, more than 0 and more than `best`.
+
+    At a `scale` of 1 it is the donor's own value, else ``primary + scale * (b - primary)``; `best` is raised.
+    """
+    factor = out.dtype.type(scale)
+    exact = scale == 1.0
+    for i in range(out.size):
+        taken = (np.float64(scores[i]) >= least) & (scores[i] > best[i])
+        moved = b[i] if exact else primary[i] + factor * (b[i] - primary[i])
+        out[i] = moved if taken else out[i]
+        best[i] = scores[i] if taken else best[i]
+
+
+def row_width(job: Job) -> int:
+    """Elements of a row."""
+    return int(job.shape[-1]) if job.shape else 1
+
+
+def is_wide(job: Job) -> bool:
+    """Whether a row is cut into several blocks."""
+    return row_width(job) > BLOCK_ELEMENTS
+
+
+def rows_of(job: Job, start: int, size: int) -> tuple[slice, int]:
+    """The rows that a tile of `size` elements from flat index `start` covers, and how many elements of each it has."""
+    width = row_width(job)
+    first = start // width
+    return (slice(first, first + 1), size) if is_wide(job) else (slice(first, first + size // width), width)

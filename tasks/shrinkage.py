@@ -1,0 +1,86 @@
+"""What a thinning takes from the L1 norm of each task vector, and the factors that give it back.
+
+For every thinning that can be done in place, tile by tile, whatever decides which elements go: one sweep measures
+both norms. The survivors' factor is the ratio of the two, which is mergekit's `rescale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergepipe.tasks import kernels
+from mergepipe.tasks.method import Accumulator, Job, State, Tile
+
+InPlace = Callable[[Job, State, Tile], None]
+"""Changes `tile.values`."""
+
+
+def as_it_is(job: Job, state: State, tile: Tile) -> None:
+    """The :data:`InPlace` that changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shrinkage:
+    """Measures the L1 norms before and after a thinning.
+
+    Leaves ``_<stage>_factors`` (float64, (models,)) in the state: 1 for a model whose norm is not restored, or of which
+    nothing is left.
+
+    Parameters
+    ----------
+    stage : str
+        Name of the thinning.
+    restored : callable
+        Which models' norms are restored, for a job.
+    thin : callable
+        The thinning, without a rescale.
+    before : callable
+        What runs ahead of it and is not part of the ratio.
+    """
+
+    stage: str
+    restored: Callable[[Job], Sequence[bool]]
+    thin: InPlace
+    before: InPlace = as_it_is
+
+    @property
+    def name(self) -> str:
+        """The thinning it belongs to."""
+        return f"norms around {self.stage}"
+
+    def needed(self, job: Job, state: State) -> bool:
+        """Whether some model's norm is restored, and not known yet."""
+        return job.size > 0 and f"_{self.stage}_factors" not in state and any(self.restored(job))
+
+    def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Per block and model, the sum of magnitudes and of squares, before and after."""
+        return None, (2, job.models, 2)
+
+    def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
+        """Thin one tile and measure it."""
+        assert accumulator.blocks is not None
+        sums = accumulator.blocks[tile.index]
+        self.before(job, state, tile)
+        for k in range(job.models):
+            kernels.norms(tile.values[k], sums[0, k])
+        self.thin(job, state, tile)
+        for k in range(job.models):
+            kernels.norms(tile.values[k], sums[1, k])
+
+    def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
+        """The factors."""
+        assert accumulator.blocks is not None
+        before, after = kernels.fold(accumulator.blocks)[:, :, 0]
+        wanted = np.array(self.restored(job)) & (after > 0)
+        return {f"_{self.stage}_factors": np.where(wanted, before / np.where(after > 0, after, 1), 1.0)}
+
+
+def restore(job: Job, state: State, tile: Tile, stage: str) -> None:
+    """Multiply `tile.values`, thinned already, by the factors of a :class:`Shrinkage`, if it ran. In place."""
+    factors = state[f"_{stage}_factors"].tolist() if f"_{stage}_factors" in state else [1.0] * job.models
+    for row, factor in zip(tile.values, factors, strict=True):
+        if factor != 1:
+            kernels.thin(row, 0.0, factor)

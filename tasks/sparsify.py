@@ -1,0 +1,93 @@
+"""Sparsifiers: ways to thin a task vector before any method that works on task vectors.
+
+`none` hands it on; `magnitude` keeps the largest elements of each tensor, or with `scope: model` of the whole model
+(:mod:`mergepipe.tasks.whole_trim`); `tadrop` (:mod:`mergepipe.tasks.tadrop`) asks each tensor how much it can spare.
+How an exact threshold is found is in :mod:`mergepipe.tasks.select`, how it is applied in
+:mod:`mergepipe.tasks.thinning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mergepipe.tasks import whole_trim
+from mergepipe.tasks.breadcrumbs import BREADCRUMBS
+from mergepipe.tasks.della import DELLA
+from mergepipe.tasks.method import Job, Paper, Parameter, Reduction, Round, Sparsifier, State, no_reductions
+from mergepipe.tasks.random_drop import RANDOM
+from mergepipe.tasks.select import Coarse
+from mergepipe.tasks.tadrop import TADROP
+from mergepipe.tasks.thinning import (
+    DROP_ALL,
+    KEEP_ALL,
+    TIE_RULE,
+    apply_cut,
+    restored_norms,
+    start_thresholds,
+    threshold_reductions,
+)
+
+DENSITY = Parameter(
+    "density", "number", "fraction of each tensor that is kept, the largest magnitudes", default=1.0, per_model=True,
+    minimum=0, maximum=1,
+)  # fmt: skip
+RESCALE = Parameter(
+    "rescale", "flag", "scale what is kept so that the tensor's L1 norm is as before", default=False, per_model=True
+)
+TRIM_PARAMETERS = (DENSITY, TIE_RULE, RESCALE)
+"""What `magnitude` takes; a method that brings it along as its trim declares the same."""
+
+
+def kept_count(density: float, n: int) -> int:
+    """How many of n elements a density keeps; mergekit's rule.
+
+    Examples
+    --------
+    >>> kept_count(0.2, 1000), kept_count(0.2, 3), kept_count(0.0, 3), kept_count(1.0, 3)
+    (200, 1, 0, 3)
+    """
+    return 0 if density <= 0 else n if density >= 1 else max(1, int(density * n))
+
+
+def _start(job: Job, state: State) -> State:
+    kept = np.array([kept_count(params["density"], job.size) for params in job.sparsify_params])
+    wanted = np.select([kept == job.size, kept == 0], [KEEP_ALL, DROP_ALL], job.size - kept)
+    return start_thresholds(job, state, wanted)
+
+
+def _reductions(job: Job) -> tuple[Reduction, ...]:
+    if all(params["density"] in (0, 1) for params in job.sparsify_params):
+        return ()
+    if job.scope == "model":
+        return whole_trim.TRIMMING
+    return (Coarse(any(restored_norms(job)), _start), *threshold_reductions(job))
+
+
+def _rounds(jobs: Sequence[Job]) -> tuple[Round, ...]:
+    return whole_trim.rounds(jobs, kept_count) if jobs[0].scope == "model" else ()
+
+
+NONE = Sparsifier(
+    name="none",
+    title="No sparsification",
+    summary="hands task vectors on as they are",
+    parameters=(),
+    reductions=no_reductions,
+    mask=lambda job, state, tile: None,
+)
+
+MAGNITUDE = Sparsifier(
+    name="magnitude",
+    title="Magnitude trimming",
+    summary="keeps the largest elements of each tensor of a task vector",
+    parameters=TRIM_PARAMETERS,
+    reductions=_reductions,
+    mask=apply_cut,
+    rounds=_rounds,
+    scopes=("tensor", "model"),
+    paper=Paper("TIES-Merging: Resolving Interference When Merging Models", "https://arxiv.org/abs/2306.01708"),
+)
+
+SPARSIFIERS: dict[str, Sparsifier] = {row.name: row for row in (NONE, MAGNITUDE, RANDOM, BREADCRUMBS, DELLA, TADROP)}

@@ -1,0 +1,10 @@
+"""Settings of all tests; warnings, markers and strictness are set in pyproject.toml, each with its reason."""
+
+from __future__ import annotations
+
+import hypothesis
+
+# A busy machine is no fault of the code, and the first call of a kernel compiles it: no deadline. The same examples in
+# every run, so that a red run can be looked at again.
+hypothesis.settings.register_profile("mergepipe", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("mergepipe")

@@ -1,0 +1,203 @@
+"""Full disks, syncs that fail, workers that raise, damaged journals and outputs, inputs that change, two at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mergepipe.storage.journal import MAGIC, read_journal
+from support.jobs import SMALL, write_model
+
+from .conftest import Job, Victim
+from .test_kills import moments
+
+FEW = 4
+"""Cases of each fault in `make test`."""
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_disk_fills_up(small: Job, count: int) -> None:
+    """From some write on there is no room: exit 5, and after room is made the run goes on."""
+    for at in moments(small.calls, count):
+        end = small.live("enospc", at)
+        assert (end["end"], end["code"]) in (("error", 5), ("done", 0)), end
+        small.finish()
+        small.survived("full disk", end["end"] == "error")
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_sync_fails_once_and_the_bytes_are_gone(small: Job, count: int) -> None:
+    """The kernel tells of a lost write once; whatever it says later, these bytes must not be believed."""
+    for at in moments(small.calls, count):
+        end = small.live("lost sync", at)
+        assert end["end"] in ("bug", "error", "done"), end
+        small.finish()
+        small.survived("lost sync", end["end"] != "done")
+
+
+def test_a_worker_raises(small: Job) -> None:
+    for at in range(1, 5):
+        end = small.live("raise", at)
+        assert end["end"] == "bug"
+        assert "injected" in end["message"]
+        small.finish()
+        small.survived("worker raising")
+
+
+def half_done(job: Job) -> None:
+    """Leave the job killed in the middle of its work."""
+    assert job.live("kill", job.calls * 2 // 3)["end"] == "killed"
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(60, marks=pytest.mark.slow)])
+def test_the_journal_is_torn(small: Job, count: int) -> None:
+    rng = random.Random(1)
+    for _ in range(count):
+        half_done(small)
+        path = small.work / "journal.log"
+        length = rng.randrange(path.stat().st_size)
+        os.truncate(path, length)
+        if length <= len(MAGIC):
+            # Nothing says any more that what lies in the output folder is ours: it is not touched.
+            end = small.live()
+            assert (end["end"], end["code"]) == ("error", 6), end
+            small.reset()
+        else:
+            small.finish()
+        small.survived("torn journal")
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_bit_of_the_journal_flips(small: Job, count: int) -> None:
+    rng = random.Random(2)
+    for _ in range(count):
+        half_done(small)
+        path = small.work / "journal.log"
+        data = bytearray(path.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        end = small.live()
+        if end["end"] == "error":  # the flip hit the very start
+            assert end["code"] == 6
+            assert "--restart" in end["message"]
+            end = small.live(options={"restart": True})
+        assert end["end"] == "done", end
+        small.finish()
+        small.survived("bit flip in the journal")
+
+
+def test_written_bytes_are_damaged(small: Job) -> None:
+    """What the journal promises is read back: a damaged tensor is made again, and the user is told."""
+    rng = random.Random(3)
+    for _ in range(FEW):
+        half_done(small)
+        units = [(r["units"], r) for r in read_journal(small.work / "journal.log") if r["type"] == "units"]
+        assert units, "nothing was committed"
+        part = max(small.merged.glob("*.part"), key=lambda path: path.stat().st_size)
+        data = bytearray(part.read_bytes())
+        for at in range(4096, len(data), 512):
+            data[at] ^= 1 << rng.randrange(8)
+        part.write_bytes(data)
+        end = small.live(options={"verify": "full"})
+        assert end["end"] == "done", end
+        assert "made again" in end["message"]
+        small.finish()
+        small.survived("damaged unfinished shard")
+
+
+@pytest.mark.parametrize("how", ["gone", "short", "damaged"])
+def test_a_finished_shard_is_damaged(sharded: Job, how: str) -> None:
+    sharded.reset()
+    for at in range(sharded.calls, 1, -1):
+        sharded.live("kill", at)
+        if list(sharded.merged.glob("*.safetensors")) and list(sharded.merged.glob("*.part")):
+            break
+        sharded.reset()
+    [path, *_] = sharded.merged.glob("*.safetensors")
+    if how == "gone":
+        path.unlink()
+    elif how == "short":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    end = sharded.victim(sharded.work, options={"verify": "full"})
+    assert end["end"] == "done", end
+    assert "made again" in end["message"]
+    sharded.finish()
+    sharded.survived(f"finished shard {how}")
+
+
+def test_an_input_is_replaced(victim: Victim, tmp_path: Path) -> None:
+    job = Job(tmp_path, victim)
+    half_done(job)
+    write_model(tmp_path / "expert-1", 7, SMALL)
+    end = job.live()
+    assert (end["end"], end["code"]) == ("error", 6)
+    assert str(tmp_path / "expert-1" / "model.safetensors") in end["message"]
+    shutil.rmtree(tmp_path / "expert-2")
+    end = job.live()
+    assert "build again" in end["message"]
+    job.survived("replaced input", 2)
+
+
+def test_two_at_once(victim: Victim, tmp_path: Path) -> None:
+    """One proceeds, the other is refused at once; when the first is killed, nothing holds the lock."""
+    job = Job(tmp_path, victim)
+    other = Victim()
+    try:
+        other.send(job.work, "hang", 10)
+        while not (job.work / "journal.log").exists():
+            time.sleep(0.01)
+        started = time.monotonic()
+        end = job.live()
+        assert (end["end"], end["code"]) == ("error", 6)
+        assert "in use by process" in end["message"]
+        assert time.monotonic() - started < 2
+        assert other.receive()["end"] == "killed"
+    finally:
+        other.close()
+    job.finish()
+    job.survived("second run")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is forbidden here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_real_disk_is_full(victim: Victim, small_disk: Path, tmp_path: Path) -> None:
+    """The output does not fit: exit 5 before any work; with room made, the same command goes through."""
+    job = Job(tmp_path, victim, shapes={f"w{i}": (512, 512) for i in range(3)})
+    recipe = str(tmp_path / "recipe.yaml")
+    out = {"out": str(small_disk / "merged"), "chunk_size": "64KiB", "memory": "2GiB"}
+    work = tmp_path / "work-on-small-disk"
+    ballast = small_disk / "ballast"
+    assert victim(work, action="build", recipe=recipe, options=out)["end"] == "done"
+    ballast.write_bytes(bytes(2 * 1024 * 1024))
+    end = victim(work)
+    assert (end["end"], end["code"]) == ("error", 5), end
+    assert "make room and run again" in end["message"]
+    end = victim(tmp_path / "work-2", action="build", recipe=recipe, options={**out, "out": str(small_disk / "other")})
+    assert (end["end"], end["code"]) == ("error", 5), end
+    ballast.unlink()
+    assert victim(work)["end"] == "done"
+    whole = (small_disk / "merged" / "model.safetensors").read_bytes()
+    job.live()
+    assert whole == (job.merged / "model.safetensors").read_bytes()
+    job.survived("full disk", 2)

@@ -1,0 +1,100 @@
+"""Every command explains itself, shows an example, and stands in the README."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mergepipe.cli.main import COMMANDS, group
+from mergepipe.pipeline.recipe import parse_recipe
+from mergepipe.tasks.registry import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "numba", "dask", "zarr", "numpy", "transformers", "rich", "pydantic")
+README = (ROOT / "README.md").read_text()
+CONTEXT = click.Context(group, info_name="mergepipe")
+
+
+def command(name: str) -> click.Command:
+    found = group.get_command(CONTEXT, name)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name: str) -> None:
+    result = CliRunner().invoke(group, [name, "--help"], prog_name="mergepipe")
+    assert result.exit_code == 0
+    example = result.output.partition("Example:\n")[2].partition("Options:")[0]
+    assert f"mergepipe {name}" in example
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_and_example_is_sound(name: str) -> None:
+    found = command(name)
+    for option in found.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"{name} {option.opts[0]} has no help"
+            assert option.help.endswith("."), f"{name} {option.opts[0]}: a sentence ends with a full stop"
+    known = {opt for option in found.params for opt in option.opts}
+    for line in (found.help or "").splitlines():
+        if line.strip().startswith(f"mergepipe {name}"):
+            words = line.partition("#")[0].partition("&&")[0].split()
+            used = {word for word in words if word.startswith("-")}
+            assert used <= known, f"{name}: the example uses {used - known}"
+
+
+def test_readme_lists_every_command() -> None:
+    table = README.partition("## The commands")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `mergepipe (\w+)", table, re.MULTILINE)) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("source", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_documents_use_options_that_exist(source: str) -> None:
+    text = (ROOT / source).read_text()
+    for name, words in re.findall(r"\b(?:mergepipe )?([a-z]+)((?: [^\s`|#&]+)* --?[^\n`|#&]*)", text):
+        if name in COMMANDS:
+            known = {opt for option in command(name).params for opt in option.opts} | {"--help"}
+            used = set(re.findall(r"(?<=\s)--?[a-z][\w-]*", words))
+            assert used <= known, f"{source}: mergepipe {name}{words}"
+
+
+def test_recipes_of_the_readme_load() -> None:
+    recipes = [text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "merge_method" in text]
+    assert recipes
+    for text in recipes:
+        assert parse_recipe(text, "README.md").merge_method in METHODS
+
+
+def test_help_loads_no_large_library() -> None:
+    code = (
+        "import sys; from mergepipe.cli.main import main; main(['--help']); "
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "[]"
+    for name in COMMANDS:
+        assert f"  {name} " in result.stdout
+
+
+def test_help_answers_at_once() -> None:
+    """Under half a second: the best of five, since other work on the machine is no fault of ours."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mergepipe", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_importing_the_package_loads_no_large_library() -> None:
+    code = f"import sys, mergepipe; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,190 @@
+"""Measured peaks stay under the ceiling: whole runs in fresh processes, imports and compilation included."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import mergepipe
+from mergepipe.errors import MemoryBudgetError
+from mergepipe.pipeline import outputs
+from mergepipe.pipeline.memory import MIB, parse_bytes
+from mergepipe.pipeline.summary import scheduled
+from mergepipe.storage.header import encode_header
+from mergepipe.tasks.registry import METHODS
+from support.jobs import build_job, write_job
+
+TESTS = Path(__file__).parents[1]
+SHAPES = {"a": (3000, 2048), "b": (2048, 3000), "c": (6_000_000,)}
+VALUES = {"weight": 0.5, "density": 0.5, "t": 0.3}
+ELEMENTWISE = [name for name, method in METHODS.items() if getattr(method, "matrix", None) is None]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ceiling")
+    write_job(folder, models=3, shapes=SHAPES)
+    return folder
+
+
+def write_recipe(models: Path, folder: Path, name: str) -> Path:
+    """A recipe for a method with as many models as it takes."""
+    method = METHODS[name]
+    known = {parameter.name for parameter in method.parameters if not parameter.without_effect}
+    count = min(method.max_models or 3, 3)
+    recipe: dict[str, Any] = {
+        "merge_method": name,
+        "models": [{"model": str(models / f"expert-{number}")} for number in range(1, count + 1)],
+        "parameters": {key: value for key, value in VALUES.items() if key in known},
+    }
+    if method.base != "ignored":
+        recipe["base_model"] = str(models / "base")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+def smallest(folder: Path, **how: Any) -> str:
+    """The smallest ceiling that would do, as `build` says it."""
+    with pytest.raises(MemoryBudgetError) as caught:
+        build_job(folder, memory="1MiB", **how)
+    found = re.search(r"--memory (\d+MiB)", str(caught.value))
+    assert found, caught.value
+    return found[1]
+
+
+def peak(work: Path, compile_anew: Path | None = None, **options: Any) -> dict[str, int]:
+    """What a run in a fresh process took."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    if compile_anew is not None:
+        environment["NUMBA_CACHE_DIR"] = str(compile_anew)
+    command = [sys.executable, "-m", "support.peak", str(work), json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+def check(models: Path, folder: Path, name: str, memory: str | None, store: str, **options: Any) -> None:
+    write_recipe(models, folder, name)
+    workers = options["workers"]
+    memory = memory or smallest(folder, workers=workers, store=store)
+    work = build_job(folder, memory=memory, chunk_size="8MiB", workers=workers, store=store)
+    allowed = parse_bytes(memory)
+    found = peak(work, **options)
+    measured = max(found["peak"], found["told"])
+    print(f"{name}, {memory}, {store}, {options}: {measured / MIB:.0f} MiB measured")
+    assert measured <= allowed, f"{name}: {measured / MIB:.0f} MiB measured, {memory} allowed"
+
+
+@pytest.mark.parametrize(("name", "memory"), [("linear", None), ("ties", "512MiB")])
+def test_a_run_stays_under_its_ceiling(name: str, memory: str | None, models: Path, tmp_path: Path) -> None:
+    check(models, tmp_path, name, memory, "virtual", workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [None, "768MiB", "2GiB"])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_stays_under_its_ceiling(name: str, memory: str | None, models: Path, tmp_path: Path) -> None:
+    # A direct reader needs buffers of its own: under the smallest ceiling `auto` has to map, where it is asked to.
+    for number, (reader, workers) in enumerate((("mmap", 4), ("auto" if memory is None else "direct", 2))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        check(models, folder, name, memory, "virtual", reader=reader, workers=workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear", "ties", "tsv_m"])
+def test_a_copied_store_stays_under_its_ceiling(name: str, models: Path, tmp_path: Path) -> None:
+    check(models, tmp_path, name, None, "copy", workers=2)
+    shutil.rmtree(tmp_path / "work")
+    shutil.rmtree(tmp_path / "merged")
+    check(models, tmp_path, name, "1GiB", "copy", workers=4)
+
+
+def test_odd_offsets_stay_under_the_ceiling(tmp_path: Path) -> None:
+    """Tensors that start at no multiple of eight can't be mapped: what is gathered instead is projected, too."""
+    shapes = {"w": (8192, 2048)}
+    write_job(tmp_path, shapes=shapes)
+    for name in ("base", "expert-1", "expert-2"):
+        path = tmp_path / name / "model.safetensors"
+        header = encode_header([("odd", "U8", (1,)), ("w", "F16", shapes["w"])], {"format": "pt"})
+        path.write_bytes(header + b"x" + path.read_bytes()[-2 * math.prod(shapes["w"]) :])
+    need = int(smallest(tmp_path, workers=4).removesuffix("MiB"))
+    work = build_job(tmp_path, memory=f"{need}MiB", chunk_size="8MiB", workers=4)
+    assert peak(work, workers=4, reader="mmap")["peak"] <= need * MIB
+
+
+def test_compiling_the_kernels_is_included(tmp_path: Path) -> None:
+    write_job(tmp_path, shapes={"w": (64, 64)})
+    work = build_job(tmp_path, memory="512MiB")
+    assert peak(work, compile_anew=tmp_path / "cache", workers=1)["peak"] <= 256 * MIB, "reserved"
+
+
+# ── a model of 70 billion parameters, of which only the headers exist ──
+
+LAYERS, HIDDEN, INNER, WORDS = 80, 8192, 28672, 128256
+LARGEST = {"lm_head.weight": (WORDS, HIDDEN)}
+
+
+def shapes_70b() -> dict[str, tuple[int, ...]]:
+    """Llama 3 70B."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (WORDS, HIDDEN)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        found |= {f"{prefix}mlp.{part}_proj.weight": (INNER, HIDDEN) for part in ("gate", "up")}
+        found[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, INNER)
+        found |= {f"{prefix}self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qo"}
+        found |= {f"{prefix}self_attn.{part}_proj.weight": (1024, HIDDEN) for part in "kv"}
+        found |= {f"{prefix}{part}_layernorm.weight": (HIDDEN,) for part in ("input", "post_attention")}
+    return found | {"model.norm.weight": (HIDDEN,), **LARGEST}
+
+
+def write_holes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Checkpoints whose tensors are holes in sparse files: they read as zeros and take no disk."""
+    header = encode_header([(name, "BF16", shape) for name, shape in shapes.items()], {"format": "pt"})
+    size = len(header) + sum(2 * math.prod(shape) for shape in shapes.values())
+    for name in ("base", "expert-1", "expert-2", "expert-3"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(header)
+        os.truncate(folder / name / "model.safetensors", size)
+        (folder / name / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize("names", [["linear", "ties"], pytest.param(ELEMENTWISE, marks=pytest.mark.slow)])
+def test_512_mib_plan_every_elementwise_method_of_70b(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = shapes_70b()
+    assert (len(shapes), sum(map(math.prod, shapes.values()))) == (723, 70_553_706_496)
+    try:
+        write_holes(tmp_path, shapes)
+    except OSError as error:
+        pytest.skip(f"no sparse files of 141 GB here: {error}")
+    monkeypatch.setattr(outputs, "check_space", lambda *_: None)
+    planned = []
+    for name in names:
+        work = tmp_path / name
+        write_recipe(tmp_path, tmp_path, name)
+        plan = mergepipe.build(tmp_path / "recipe.yaml", work=work, out=tmp_path / "out", memory="512MiB", workers=2)
+        most = max(item.projected for item in scheduled(plan, 2))
+        assert most <= 512 * MIB
+        planned.append(f"{name} {most // MIB}")
+        shutil.rmtree(work)
+    print(f"70B at K=3 under 512 MiB, 2 workers, MiB projected: {', '.join(planned)}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["mmap", "direct"])
+def test_the_largest_tensor_runs_under_512_mib(reader: str, tmp_path: Path) -> None:
+    write_holes(tmp_path, LARGEST)
+    check(tmp_path, tmp_path, "ties", "512MiB", "virtual", reader=reader, workers=2)

@@ -1,0 +1,217 @@
+"""Reading past the page cache: the right bytes, a hard budget, nothing kept too long, nobody starved."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergepipe.errors import CheckpointError, CheckpointNotFoundError, ShortReadError
+from mergepipe.storage import direct
+from mergepipe.storage.direct import PAGE, SLACK_BYTES, Arena, DirectReader, supports_direct
+from mergepipe.storage.manifest import Segment
+from mergepipe.storage.readers import Reader
+
+SIZE = 300_003
+UNIT = 64 * 1024
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    contents = {str(folder / name): rng.integers(0, 256, SIZE, np.uint8).tobytes() for name in "abc"}
+    for path, content in contents.items():
+        Path(path).write_bytes(content)
+    return contents
+
+
+@pytest.fixture
+def reader() -> Iterator[DirectReader]:
+    with DirectReader(8 * (UNIT + SLACK_BYTES)) as reader:
+        yield reader
+
+
+def units_of(path: str, count: int = 4) -> list[list[list[Segment]]]:
+    """Units of one window each, at odd places of a file."""
+    return [[[Segment(path, 100 + number * UNIT, UNIT)]] for number in range(count)]
+
+
+def settle(reader: DirectReader) -> None:
+    """Wait until nothing is being read."""
+    deadline = time.monotonic() + 10
+    while any(not piece.loading.done() for piece in list(reader._pieces.values())):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@given(st.data())
+def test_any_segments(files: dict[str, bytes], data: st.DataObject) -> None:
+    drawn = data.draw(
+        st.lists(st.tuples(st.sampled_from(sorted(files)), st.integers(0, SIZE), st.integers(0, SIZE)), max_size=3)
+    )
+    segments = [Segment(path, min(a, b), abs(a - b)) for path, a, b in drawn]
+    expected = b"".join(files[s.path][s.offset : s.offset + s.length] for s in segments)
+    # The last of these budgets is too small for most windows.
+    with DirectReader(data.draw(st.sampled_from([4 * SIZE, 64 * PAGE]))) as reader:
+        with reader.window(segments, last=data.draw(st.booleans())) as window:
+            assert window.dtype == np.uint8
+            assert window.tobytes() == expected
+            assert not window.flags.writeable
+            assert window.ctypes.data % 8 == 0 or not expected
+        assert reader.bytes_read == len(expected)
+
+
+def test_it_is_a_reader(reader: DirectReader) -> None:
+    wanted: Reader = reader
+    assert wanted.bytes_read == 0
+
+
+def test_a_window_at_an_odd_offset_can_be_viewed_as_any_type(files: dict[str, bytes], reader: DirectReader) -> None:
+    path = next(iter(files))
+    with reader.window([Segment(path, 3, 16)], last=False) as window:
+        assert window.view("<f8").flags.aligned
+        assert window.view("<u2").tobytes() == files[path][3:19]
+
+
+def test_the_unaligned_end_of_a_file(files: dict[str, bytes], reader: DirectReader) -> None:
+    path = next(iter(files))
+    with reader.window([Segment(path, SIZE - 5000, 5000)], last=True) as window:
+        assert window.tobytes() == files[path][-5000:]
+
+
+def test_a_filesystem_that_refuses(
+    files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, reader: DirectReader
+) -> None:
+    monkeypatch.setattr(direct, "_set_direct", lambda fd: False)
+    path = next(iter(files))
+    assert not supports_direct(path)
+    with reader.window([Segment(path, 10, UNIT)], last=True) as window:
+        assert window.tobytes() == files[path][10 : 10 + UNIT]
+
+
+def test_a_file_that_is_too_short(tmp_path: Path, reader: DirectReader) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(ShortReadError, match=r"short' is 100 bytes long, expected at least 101"):
+        reader.window([Segment(str(path), 1, 100)], last=True).__enter__()
+    path.write_bytes(b"x" * 101)
+    with reader.window([Segment(str(path), 1, 100)], last=True) as window:
+        assert window.tobytes() == b"x" * 100, "the failure is not kept"
+
+
+def test_things_that_are_no_files(tmp_path: Path, reader: DirectReader) -> None:
+    with pytest.raises(CheckpointNotFoundError):
+        reader.window([Segment(str(tmp_path / "nothing"), 0, 1)], last=True).__enter__()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        reader.window([Segment(str(tmp_path), 0, 1)], last=True).__enter__()
+
+
+def test_what_is_kept_is_read_once(files: dict[str, bytes], reader: DirectReader) -> None:
+    units = units_of(next(iter(files)))
+    reader.ahead(units)
+    for last in (False, False, True):
+        for unit in units:
+            with reader.windows(unit, last=last):
+                pass
+    assert reader.bytes_read == 3 * reader.bytes_loaded == 3 * 4 * UNIT
+    assert not reader._pieces
+    assert reader._arena.free == reader._arena.size
+
+
+def test_reading_ahead_stays_within_the_budget(files: dict[str, bytes]) -> None:
+    first, second, _ = sorted(files)
+    units = units_of(first) + units_of(second)
+    with DirectReader(3 * (UNIT + SLACK_BYTES)) as reader:
+        reader.ahead(units)
+        settle(reader)
+        assert len(reader._pieces) == 3
+        for unit in units:
+            with reader.windows(unit, last=True) as (window,):
+                (segment,) = unit[0]
+                assert window.tobytes() == files[segment.path][segment.offset : segment.offset + UNIT]
+        assert reader.bytes_loaded == len(units) * UNIT
+
+
+def test_what_is_forgotten_makes_room(files: dict[str, bytes], reader: DirectReader) -> None:
+    units = units_of(next(iter(files)))
+    reader.ahead(units)
+    settle(reader)
+    reader.forget(segments for unit in units for segments in unit)
+    assert reader._arena.free == reader._arena.size
+
+
+def test_kept_windows_give_way_to_what_is_needed_now(files: dict[str, bytes]) -> None:
+    first, second, _ = sorted(files)
+    with DirectReader(4 * (UNIT + SLACK_BYTES)) as reader:
+        for unit in units_of(first):
+            with reader.windows(unit, last=False):
+                pass
+        everything = [segments for unit in units_of(second) for segments in unit]
+        with reader.windows(everything, last=True) as windows:
+            assert b"".join(window.tobytes() for window in windows) == files[second][100 : 100 + 4 * UNIT]
+
+
+def test_a_unit_is_not_in_its_own_way(files: dict[str, bytes]) -> None:
+    """Two small kept windows split the arena so that the large one fits only when they go."""
+    path = next(iter(files))
+    small = [[Segment(path, number * PAGE, PAGE)] for number in range(6)]
+    with DirectReader(6 * PAGE) as reader:
+        for segments in small:
+            with reader.window(segments, last=False):
+                pass
+        reader.forget(small[number] for number in (0, 1, 3, 4))
+        with reader.windows([small[2], small[5], [Segment(path, 10 * PAGE, 4 * PAGE)]], last=True) as windows:
+            assert [window.nbytes for window in windows] == [PAGE, PAGE, 4 * PAGE]
+
+
+def test_many_threads_in_a_tight_budget(files: dict[str, bytes]) -> None:
+    """Units of three windows, room for little more than one: all get their turn and their bytes."""
+    paths = sorted(files)
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(60):
+            start = int(rng.integers(SIZE - 20_000))
+            groups = [[Segment(path, start, 20_000)] for path in paths]
+            if rng.integers(2):
+                reader.ahead([groups])
+            with reader.windows(groups, last=bool(rng.integers(2))) as windows:
+                for path, window in zip(paths, windows, strict=True):
+                    assert window.tobytes() == files[path][start : start + 20_000]
+
+    with DirectReader(4 * (20_000 + SLACK_BYTES)) as reader, ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(work, seed) for seed in range(6)]:
+            done.result(timeout=60)
+
+
+def test_closing_while_reading_ahead(files: dict[str, bytes]) -> None:
+    reader = DirectReader(8 * (UNIT + SLACK_BYTES))
+    reader.ahead(units_of(next(iter(files))))
+    before = threading.active_count()
+    reader.close()
+    assert threading.active_count() <= before
+
+
+@given(st.lists(st.integers(1, 5), max_size=40))
+def test_the_arena_hands_out_disjoint_pieces_and_heals(sizes: list[int]) -> None:
+    arena = Arena(32 * PAGE)
+    held: list[tuple[int, int]] = []
+    for pages in sizes:
+        start = arena.take(pages * PAGE)
+        if start is None:
+            held and arena.give(*held.pop(len(held) // 2))
+            continue
+        assert all(start + pages * PAGE <= other or other + length <= start for other, length in held)
+        held.append((start, pages * PAGE))
+        assert arena.free == arena.size - sum(length for _, length in held)
+    for piece in held:
+        arena.give(*piece)
+    assert arena.take(arena.size) == 0

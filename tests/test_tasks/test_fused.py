@@ -1,0 +1,123 @@
+"""The one-pass loops give the bits of the general way, and say when they can't."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergepipe.tasks import convert, fused, kernels, select
+
+U16 = npt.NDArray[np.uint16]
+F32 = npt.NDArray[np.float32]
+
+MODELS = st.sampled_from([1, 3, 8])
+SIZES = st.sampled_from([1, 3, 63, 64, 65, 2047, 2048, 2049, 6151])
+
+
+def drawn(size: int, models: int, seed: int) -> tuple[U16, tuple[U16, ...]]:
+    """A base and fine-tunes of it; some values are equal, some zero, some subnormal."""
+    rng = np.random.default_rng(seed)
+    base = rng.standard_normal(size, np.float32) * np.float32(0.02)
+    base[rng.random(size) < 0.1] = 0
+    base[rng.random(size) < 0.05] = 1e-39
+    rows = [base + (rng.random(size) < 0.8) * rng.standard_normal(size, np.float32) * 0.001 for _ in range(models)]
+    return as_bits(base), tuple(as_bits(row) for row in rows)
+
+
+def as_bits(values: npt.ArrayLike) -> U16:
+    return np.asarray(values, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def deltas(base: U16, rows: tuple[U16, ...]) -> tuple[F32, F32]:
+    below = np.empty(base.size, np.float32)
+    convert.decode(base, "BF16", below)
+    values = np.empty((len(rows), base.size), np.float32)
+    for row, out in zip(rows, values, strict=True):
+        convert.decode_delta(row, "BF16", below, out)
+    return below, values
+
+
+def settings_for(models: int, seed: int) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    rng = np.random.default_rng(seed)
+    weights = tuple(float(x) for x in rng.choice([0.0, 0.3, 1.0, -0.5], models))
+    return weights, tuple(float(x) for x in rng.random(models) * 0.002), tuple(float(x) for x in 1 + rng.random(models))
+
+
+@given(SIZES, MODELS, st.integers(0, 1000))
+def test_counting(size: int, models: int, seed: int) -> None:
+    base, rows = drawn(size, models, seed)
+    keys = deltas(base, rows)[1].view(np.int32) & 0x7FFFFFFF
+    top = np.ones((models, select.TOP_BINS), np.int64)
+    assert fused.count_top(base, rows, top)
+    prefixes = np.full((models, 2), -1)
+    for k in range(models):
+        np.testing.assert_array_equal(top[k] - 1, np.bincount(keys[k] >> 16, minlength=select.TOP_BINS))
+        prefixes[k, k % 2] = keys[k, size // 2] >> 16
+    fine = np.zeros((models, 2, select.FINE_BINS), np.int64)
+    assert fused.count_fine(base, rows, prefixes, fine)
+    for k in range(models):
+        wanted = keys[k][keys[k] >> 16 == prefixes[k, k % 2]] & 0xFFFF
+        np.testing.assert_array_equal(fine[k, k % 2], np.bincount(wanted, minlength=select.FINE_BINS))
+        assert not fine[k, 1 - k % 2].any()
+
+
+@given(SIZES, MODELS, st.integers(0, 1000), st.booleans())
+def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool) -> None:
+    base, rows = drawn(size, models, seed)
+    weights, least, factors = settings_for(models, seed)
+    below, values = deltas(base, rows)
+    merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
+    strips = fused.strips(models)
+
+    kernels.agree_few(below, tuple(values), weights, least, factors, normalize, 0.7, merged)
+    convert.encode(merged, "BF16", expected)
+    assert fused.agree(base, rows, strips, weights, least, factors, normalize, 0.7, found)
+    np.testing.assert_array_equal(found, expected)
+
+    kernels.add_few(below, tuple(values), weights, least, factors, 1.3, 0.7, merged)
+    convert.encode(merged, "BF16", expected)
+    assert fused.add(base, rows, strips, weights, least, factors, 1.3, 0.7, found)
+    np.testing.assert_array_equal(found, expected)
+
+
+@given(SIZES, MODELS, st.integers(0, 1000))
+def test_weighing(size: int, models: int, seed: int) -> None:
+    _, rows = drawn(size, models, seed)
+    weights = settings_for(models, seed)[0]
+    values = np.empty((models, size), np.float32)
+    for row, out in zip(rows, values, strict=True):
+        convert.decode(row, "BF16", out)
+    merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
+    kernels.sum_few(tuple(values), weights, 1.1, merged)
+    convert.encode(merged, "BF16", expected)
+    assert fused.weigh(rows, fused.strips(models), weights, 1.1, found)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 2048, 3000])
+@pytest.mark.parametrize("model", [-1, 0, 1])
+def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> None:
+    base, rows = drawn(3001, 2, 0)
+    (base if model < 0 else rows[model])[place] = as_bits(bad)
+    out, strips = np.empty(3001, np.uint16), fused.strips(2)
+    weights, zeros, ones = (0.0, 0.0), (0.0, 0.0), (1.0, 1.0)
+    assert not fused.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
+    assert not fused.count_fine(base, rows, np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64))
+    assert not fused.agree(base, rows, strips, weights, zeros, ones, True, 1.0, out)
+    assert not fused.add(base, rows, strips, weights, zeros, ones, 1.0, 1.0, out)
+    assert fused.weigh(rows, strips, weights, 1.0, out) == (model < 0)
+
+
+def test_what_does_not_fit_is_not_done() -> None:
+    base, large = as_bits([0.0]), as_bits([3e38])
+    out, strips = np.empty(1, np.uint16), fused.strips(2)
+    ones, zeros = (1.0, 1.0), (0.0, 0.0)
+    assert not fused.weigh((large, large), strips, ones, 1.0, out)
+    assert not fused.agree(base, (large, large), strips, ones, zeros, ones, False, 1.0, out)
+    assert not fused.add(base, (large, large), strips, ones, zeros, ones, 1.0, 1.0, out)
+    assert fused.weigh((large, large), strips, (0.5, 0.5), 1.0, out)
