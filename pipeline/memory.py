@@ -203,9 +203,10 @@ class Ceiling:
             if blocks == 1:
                 smallest = -(-(need + self.reserved) // MIB)
                 raise MemoryBudgetError(
-                    f"'{what}' does not fit the memory ceiling: {self.workers} workers need {need / MIB:,.0f} MiB beside "
-                    f"the {self.reserved / MIB:,.0f} MiB that the program itself takes, {self.allowed / MIB:,.0f} MiB are "
-                    f"allowed; the smallest ceiling that would do is --memory {smallest}MiB, or use fewer --workers"
+                    f"'{what}' does not fit the memory ceiling: {self.workers} workers need {need / MIB:,.0f} MiB "
+                    f"beside the {self.reserved / MIB:,.0f} MiB that the program itself takes, "
+                    f"{self.allowed / MIB:,.0f} MiB are allowed; the smallest ceiling that would do is "
+                    f"--memory {smallest}MiB, or use fewer --workers"
                 )
             blocks = max(1, blocks // 2)
 

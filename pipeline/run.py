@@ -2,16 +2,15 @@
 
 The main thread only waits, so that it can be interrupted. A few driver threads take bundle after bundle and hand each
 to Dask's threaded scheduler; all bundles share one pool. A finished unit is committed to the journal once it is
-durable; a finished tensor leaves its statistics behind and counts down its shard; a shard whose tensors are all there
-is sealed on a thread of its own, beside the work on the next. Running again replays the journal and does the rest.
+durable; a finished tensor leaves its statistics behind and counts down its shard (:mod:`mergepipe.pipeline.shards`).
+Running again replays the journal and does the rest.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from mergepipe.errors import InputChangedError, Interrupted, WorkspaceError
+from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline import devices, outputs, recheck
 from mergepipe.pipeline.admission import Admission
-from mergepipe.pipeline.commits import Committer, DoneUnit
+from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.eventlog import EventLog
 from mergepipe.pipeline.events import (
     Announcer,
@@ -31,12 +30,12 @@ from mergepipe.pipeline.events import (
     Note,
     RunFinished,
     RunStarted,
-    ShardSealed,
     TensorFinished,
     UnitFinished,
 )
 from mergepipe.pipeline.graph import MAX_BUNDLE_BYTES, Graph, bundles, count_tasks, run_bundle, tensor_graph
-from mergepipe.pipeline.handover import SHARDS_OPEN, check_command, hand_over, handed_record
+from mergepipe.pipeline.handover import check_command, hand_over, handed_record
+from mergepipe.pipeline.inputs import all_direct, check_inputs
 from mergepipe.pipeline.masks import TaskMasks
 from mergepipe.pipeline.materialize import write_head
 from mergepipe.pipeline.measure import Meter
@@ -45,25 +44,24 @@ from mergepipe.pipeline.plan import Plan, Source
 from mergepipe.pipeline.resume import (
     Progress,
     begin_record,
-    merged,
     plan_record,
     remaining,
     round_record,
-    sealed_record,
     state_record,
 )
 from mergepipe.pipeline.rounds import RoundId, SharedStates, groups
 from mergepipe.pipeline.schedule import ScheduledTensor, held_for_matrices, is_resident, pool_bytes, schedule
+from mergepipe.pipeline.shards import Shards
 from mergepipe.storage.atomic import no_room_errors
-from mergepipe.storage.direct import DirectReader, supports_direct
+from mergepipe.storage.direct import DirectReader
 from mergepipe.storage.journal import Journal
-from mergepipe.storage.layout import OutputTensor, PlacedTensor
+from mergepipe.storage.layout import OutputTensor
 from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.readers import MmapReader, Reader
 from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
-from mergepipe.storage.writer import PAGE, SealedShard, ShardWriter, crc32c, publish_part, sync_folder
-from mergepipe.tasks.method import Array, Job, MergeMethod, State
+from mergepipe.storage.writer import SealedShard
+from mergepipe.tasks.method import Job, MergeMethod, State
 from mergepipe.tasks.nodes import MatrixWork, Nowhere, TensorCopy, TensorSource, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.subspace.report import readable
@@ -174,7 +172,7 @@ def run(
             plan, sealed, job.densities, meter, job.workers, device=job.device, matrices=job.matrices
         )
         for number, entry in enumerate(manifest["shards"]):
-            if number in job.handed:
+            if number in job.shards.handed:
                 entry["handed_over"] = True
         outputs.publish(plan, manifest)
         _hand_over_single(plan, workspace, on_shard)
@@ -226,32 +224,25 @@ class _Run:
         self.manifests = [
             ChunkManifest.load(workspace.manifest_file(number, model.label)) for number, model in enumerate(plan.models)
         ]
-        _check_inputs(self.manifests)
+        check_inputs(self.manifests)
         ceiling = Ceiling(parse_bytes(memory) if memory is not None else plan.allowed, self.workers)
-        direct = reader == "direct" or (reader == "auto" and _all_direct(self.manifests))
+        direct = reader == "direct" or (reader == "auto" and all_direct(self.manifests))
         gathered = [direct or not manifest.is_mappable for manifest in self.manifests]
         self.scheduled = schedule(plan, ceiling, gathered=gathered)
         self._whole = any(item.held for item in self.scheduled)
         self._asked_device = device
-        self._admission = Admission(held_for_matrices(self.scheduled, ceiling.allowed), self._check_stop)
+        self._drivers = Drivers(stop, f"`mergepipe run --work {workspace.root}` goes on with it")
+        self._admission = Admission(held_for_matrices(self.scheduled, ceiling.allowed), self._drivers.check_stop)
         self._element_wise = threading.BoundedSemaphore(TENSORS_IN_FLIGHT)
         self._pool_bytes = pool_bytes(self.scheduled)
         self.layout = plan.layout()
-        self.places = self.layout.places
         self.folder = Path(plan.output)
         self.densities: dict[str, list[float]] = {}
         self.matrices: dict[str, dict[str, Any]] = {}
-        self.handed: set[int] = set()
         self._direct = direct
         self._reader: Reader = DirectReader(self._pool_bytes) if direct else MmapReader()
         self._buffers = WorkerBuffers()
-        self._stop = stop
         self._lock = threading.Lock()
-        self._errors: list[BaseException] = []
-        self._turn = threading.Lock()
-        self._writers: dict[int, ShardWriter] = {}
-        self._unfinished: set[int] = set()
-        self._sealed: list[Future[SealedShard]] = []
         self._works: dict[int, TensorWork | TensorCopy] = {}
 
     def execute(self, verify: Verify) -> list[SealedShard]:
@@ -260,16 +251,18 @@ class _Run:
         self._masks = TaskMasks(self.plan)
         try:
             self._progress = self._resume(verify)
-            self.handed = set(self._progress.handed)
             self._settle_device()
-            self._open_shards()
-            with devices.one_thread(self._whole):
-                sealed = self._compute()
-            _check_inputs(self.manifests)
+            self.shards = self._new_shards()
+            try:
+                self.shards.open()
+                with devices.one_thread(self._whole):
+                    sealed = self._compute()
+            finally:
+                self.shards.close()
+                self._statistics.flush()
+            check_inputs(self.manifests)
             return sealed
         finally:
-            for writer in self._writers.values():
-                writer.close()
             self._masks.close()
             self._reader.close()
             self._journal.close()
@@ -321,96 +314,60 @@ class _Run:
         for text in damage.notes:
             self.announce(Note(text))
 
-    def _open_shards(self) -> None:
-        """Allocate every shard that is not complete; give those their names that were sealed but not renamed.
-
-        With `on_shard` shards are allocated one by one, when the first of their tensors is due.
-        """
-        for number, shard in enumerate(self.layout.shards):
-            if number not in self._progress.sealed:
-                if self.on_shard is None:
-                    self._writer(number)
-            elif len(self.layout.shards) > 1 and number not in self._progress.handed:
-                publish_part(self.folder / shard.file)
-        sync_folder(self.folder)
-
-    def _mark_done(self, shard: int, writer: ShardWriter) -> None:
-        for number, written in self._progress.written.items():
-            place = self.places[self.plan.tensors[number].name]
-            if place.shard == shard:
-                for start, stop in merged(written):
-                    writer.mark(place.offset + start, place.offset + stop)
-
-    def _writer(self, shard: int) -> ShardWriter:
-        """The writer of a shard, opened at its first use."""
-        with self._lock:
-            if shard not in self._writers:
-                writer = self._writers[shard] = ShardWriter(self.folder, self.layout.shards[shard])
-                self._mark_done(shard, writer)
-                self._unfinished.add(shard)
-            return self._writers[shard]
-
-    def _make_room(self, shard: int) -> None:
-        """Wait until this shard may be opened: each one takes up its whole size on disk."""
-        while self.on_shard is not None and shard not in self._writers and len(self._unfinished) >= SHARDS_OPEN:
-            self._check_stop()
-            time.sleep(0.02)
-        self._check_stop()
-        self._writer(shard)
+    def _new_shards(self) -> Shards:
+        return Shards(
+            self.plan,
+            self.layout,
+            self._progress,
+            self._journal,
+            self._masks,
+            self._drivers,
+            self.announce,
+            sha256=self.sha256,
+            on_shard=self.on_shard,
+        )
 
     def _compute(self) -> list[SealedShard]:
         self._plan_rest()
         total = sum(item.bytes_read + item.tensor.output.nbytes for item in self.scheduled)
         left = sum(self._bytes_left(number) for number in self._todo)
         self.announce(RunStarted(total, len(self.scheduled), total - left))
-        self._committer = Committer(self._journal, self._sync, self._fail)
-        self._sealer = ThreadPoolExecutor(1, "mergepipe-seal")
         pool = ThreadPoolExecutor(self.workers, "mergepipe-worker")
         try:
-            for shard in sorted(self._progress.sealed.keys() - self._progress.handed):
-                self._sealer.submit(self._hand_over_now, shard)
-            for shard in [shard for shard, count in self._open_tensors.items() if count == 0]:
-                self._seal(shard)
+            self.shards.start()
             self._make_rounds(pool)
             self._masks.open(self._rounds.state_of, begun=bool(self._progress.written or self._progress.sealed))
-            self._drive(self._bundles(), lambda bundle: self._run(bundle, pool))
-            self._committer.commit()
+            self._drivers.drive(self._bundles(), lambda bundle: self._run(bundle, pool), self._driver_count)
+            self.shards.committer.commit()
             self._masks.finish()
             self._keep_heads()
-            sealed = self._all_sealed()
+            return self.shards.all_sealed()
         finally:
             pool.shutdown(cancel_futures=True)
-            self._sealer.shutdown()
-            self._committer.close()
-            self._statistics.flush()
-        return sorted([*sealed, *self._progress.sealed.values()], key=lambda shard: shard.file)
 
-    def _sync(self, shard: int) -> None:
-        """Make durable what was written to a shard, and the masks beside it."""
-        self._masks.sync()
-        self._writers[shard].sync()
+    @property
+    def _driver_count(self) -> int:
+        """Bundles at work at once; whole matrices are admitted by their memory."""
+        return max(TENSORS_IN_FLIGHT, self.workers if self._whole else 0)
 
     def _plan_rest(self) -> None:
-        """Cut out what is done: `_todo` are the tensors left, `_open_tensors` counts them per unsealed shard."""
+        """Cut out what is done: `_todo` are the tensors left."""
         self._rounds = SharedStates(groups(self.plan), self._progress.rounds)
         self._todo: list[int] = []
         self._rest: dict[int, ScheduledTensor] = {}
-        unsealed = (shard for shard in range(len(self.layout.shards)) if shard not in self._progress.sealed)
-        self._open_tensors = dict.fromkeys(unsealed, 0)
         for number, item in enumerate(self.scheduled):
-            shard = self.places[item.tensor.name].shard
             state = self._progress.states.get(number)
             if state is not None:
                 self._keep(number, state)
-            if shard in self._progress.sealed:
+            if self.shards.is_sealed(number):
                 continue
             rest = remaining(item, self._progress.written.get(number, ()))
             if rest.units or not item.units:
                 self._todo.append(number)
                 self._rest[number] = rest
-                self._open_tensors[shard] += 1
+                self.shards.expect(number)
         if self.on_shard is not None:
-            self._todo.sort(key=self._shard)
+            self._todo.sort(key=self.shards.shard_of)
 
     def _bytes_left(self, number: int) -> int:
         item, rest = self.scheduled[number], self._rest[number]
@@ -428,8 +385,11 @@ class _Run:
             tasks = [count_tasks(len(one.reductions(job)), len(item.units)) for job, item in pairs]
             cut = bundles(tasks, [item.tensor.input_bytes() for item in items])
             waiting = ([group.numbers[position] for position in bundle] for bundle in cut)
-            self._drive(waiting, partial(self._sweep, which, pool))
-            self._committer.record(round_record(*which, self._rounds.finish(which)))
+            self._drivers.drive(waiting, partial(self._sweep, which, pool), self._driver_count)
+            self.shards.committer.record(round_record(*which, self._rounds.finish(which)))
+        for number in (member for group in self._rounds.groups for member in group.numbers):
+            if number not in self._progress.states:
+                self._keep(number, self._rounds.state_of(number))
 
     def _sweep(self, which: RoundId, pool: ThreadPoolExecutor, bundle: Sequence[int]) -> None:
         """One round over some tensors."""
@@ -449,7 +409,7 @@ class _Run:
             self._reader,
             Nowhere(),
             self._buffers,
-            self._check_stop,
+            self._drivers.check_stop,
             self._reporter(number),
             sweep_units=self.scheduled[number].units,
             on_state=collect,
@@ -460,29 +420,9 @@ class _Run:
         work.begin()
         return tensor_graph(tensor.name, work, lambda _name, _sweeps: work.end())
 
-    def _drive(self, waiting: Iterator[list[int]], run: Callable[[list[int]], None]) -> None:
-        """Feed the bundles to Dask from a few threads, and wait for them in a way that Ctrl-C can interrupt."""
-        drivers = [
-            threading.Thread(target=self._driver, args=(waiting, run), name=f"mergepipe-driver-{n}")
-            for n in range(max(TENSORS_IN_FLIGHT, self.workers if self._whole else 0))
-        ]
-        for driver in drivers:
-            driver.start()
-        try:
-            for driver in drivers:
-                while driver.is_alive():
-                    driver.join(0.1)
-        except KeyboardInterrupt:
-            self._stop.set()
-            for driver in drivers:
-                driver.join()
-        if self._errors:
-            raise self._errors[0]
-        self._check_stop()
-
     def _bundles(self) -> Iterator[list[int]]:
         """Numbers of the tensors of each bundle; of one shard only where shards are handed over one by one."""
-        for _, group in groupby(self._todo, lambda number: self.on_shard is None or self._shard(number)):
+        for _, group in groupby(self._todo, lambda number: self.on_shard is None or self.shards.shard_of(number)):
             numbers = list(group)
             rest = [self._rest[number] for number in numbers]
             # A whole matrix has a bundle for itself: it waits for its memory alone.
@@ -490,22 +430,8 @@ class _Run:
             for bundle in bundles([item.tasks for item in rest], nbytes):
                 chosen = [numbers[position] for position in bundle]
                 for number in chosen:
-                    self._make_room(self._shard(number))
+                    self.shards.make_room(number)
                 yield chosen
-
-    def _shard(self, number: int) -> int:
-        return self.places[self.plan.tensors[number].name].shard
-
-    def _driver(self, waiting: Iterator[list[int]], run: Callable[[list[int]], None]) -> None:
-        while not self._stop.is_set():
-            try:
-                with self._turn:
-                    bundle = next(waiting, [])
-                if not bundle:
-                    return
-                run(bundle)
-            except BaseException as error:
-                self._fail(error)
 
     def _run(self, bundle: Sequence[int], pool: ThreadPoolExecutor) -> None:
         """Make some tensors of the output."""
@@ -517,13 +443,6 @@ class _Run:
         held = sum(self.scheduled[number].held for number in bundle)
         return self._admission.holding(held) if held else self._element_wise
 
-    def _fail(self, error: BaseException) -> None:
-        """Whatever fails ends the run; the first error is the one to report."""
-        with self._lock:
-            if not isinstance(error, Interrupted):
-                self._errors.append(error)
-        self._stop.set()
-
     def _graph(self, number: int) -> Graph:
         work = self._work(number)
         with self._lock:
@@ -532,11 +451,12 @@ class _Run:
         return tensor_graph(self.plan.tensors[number].name, work, lambda _name, _units: self._finish(number))
 
     def _work(self, number: int) -> TensorWork | TensorCopy:
+        stop = self._drivers.check_stop
         rest, tensor, report = self._rest[number], self.plan.tensors[number], self._reporter(number)
-        sink = _Sink(number, self.places[tensor.name], self._writers, self._committer, self._masks)
+        sink = self.shards.sink(number)
         if tensor.action == "copy":
             assert tensor.base is not None, "a copied tensor has a source"
-            return TensorCopy(self._source(tensor.base), rest.units, self._reader, sink, self._check_stop, report)
+            return TensorCopy(self._source(tensor.base), rest.units, self._reader, sink, stop, report)
         kind = partial(MatrixWork, device=self.device) if self.scheduled[number].held else TensorWork
         return kind(
             *self._inputs(number),
@@ -544,7 +464,7 @@ class _Run:
             self._reader,
             sink,
             self._buffers,
-            self._check_stop,
+            stop,
             report,
             sweep_units=self.scheduled[number].units,
             state=self._progress.states.get(number),
@@ -570,12 +490,6 @@ class _Run:
         model = self.plan.models[source.model]
         return TensorSource(model.path, self.manifests[source.model], source.name, source.dtype)
 
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise Interrupted(
-                f"interrupted; what was done is kept, `mergepipe run --work {self.workspace.root}` goes on with it"
-            )
-
     def _found(self, number: int, state: State) -> None:
         """The reductions of a tensor are done: keep what they found, here and for a resume."""
         lost = readable(state).get("directions_lost", 0)
@@ -588,7 +502,7 @@ class _Run:
             )
         self._statistics.put(number, state)
         self._keep(number, state)
-        self._committer.add_record(state_record(number, state))
+        self.shards.committer.add_record(state_record(number, state))
 
     def _keep(self, number: int, state: State) -> None:
         self._statistics.put(number, {name: value for name, value in state.items() if name != "histogram"})
@@ -601,24 +515,12 @@ class _Run:
                 self.matrices[self.plan.tensors[number].name] = found
 
     def _finish(self, number: int) -> None:
-        """A tensor is complete: seal its shard if it was the last one there."""
-        name = self.plan.tensors[number].name
-        shard = self.places[name].shard
+        """A tensor is complete."""
         with self._lock:
             work = self._works.pop(number)
-            self._open_tensors[shard] -= 1
-            complete = self._open_tensors[shard] == 0
         work.end()
-        self.announce(TensorFinished(name))
-        if complete:
-            self._seal(shard)
-        else:
-            self._sealer.submit(self._follow, shard)
-
-    def _follow(self, shard: int) -> None:
-        """Hash what is there of a shard already; what fails here fails again when it is sealed."""
-        if not self._stop.is_set():
-            self._writer(shard).follow(sha256=self.sha256)
+        self.announce(TensorFinished(self.plan.tensors[number].name))
+        self.shards.finish(number)
 
     def _keep_heads(self) -> None:
         """Write the heads that models keep for themselves, each a small checkpoint beside the merge."""
@@ -628,101 +530,3 @@ class _Run:
             tensors = [OutputTensor(s.name, s.dtype, manifest.arrays[s.name].shape) for s in sources]
             folder = self.folder / outputs.HEADS_FOLDER / label
             write_head(folder, Path(self.plan.models[number].path), tensors, manifest, self._reader)
-
-    def _seal(self, shard: int) -> None:
-        self._sealed.append(self._sealer.submit(self._seal_now, shard))
-
-    def _seal_now(self, number: int) -> SealedShard:
-        """Seal, record, rename: once the record is there, the file is whole under one of its two names."""
-        try:
-            self._check_stop()
-            writer = self._writer(number)
-            self._committer.commit()
-            sealed = writer.seal(sha256=self.sha256)
-            self._committer.record(sealed_record(number, sealed))
-            if len(self.layout.shards) > 1:
-                writer.publish()
-            self.announce(ShardSealed(sealed.file, sealed.size))
-        except BaseException as error:
-            self._fail(error)
-            raise
-        self._hand_over_now(number)
-        return sealed
-
-    def _hand_over_now(self, number: int) -> None:
-        """Give a complete shard to the user's command; a failure ends the run."""
-        try:
-            if self.on_shard is not None and len(self.layout.shards) > 1:
-                self._check_stop()
-                hand_over(self.on_shard, self.folder / self.layout.shards[number].file)
-                self._committer.record(handed_record(number))
-                self.handed.add(number)
-            self._unfinished.discard(number)
-        except BaseException as error:
-            self._fail(error)
-            raise
-
-    def _all_sealed(self) -> list[SealedShard]:
-        """Wait for the sealing of all shards."""
-        try:
-            return [future.result() for future in self._sealed]
-        except Interrupted:
-            if self._errors:
-                raise self._errors[0] from None
-            raise
-
-
-class _Sink:
-    """Writes units of one tensor into its shard, and hands them to the committer."""
-
-    def __init__(
-        self,
-        number: int,
-        place: PlacedTensor,
-        writers: dict[int, ShardWriter],
-        committer: Committer,
-        masks: TaskMasks,
-    ) -> None:
-        self._number = number
-        self._masks = masks
-        self._place = place
-        self._writer = writers[place.shard]
-        self._committer = committer
-
-    def place(self, offset: int) -> int:
-        """Where in a page of the shard the byte `offset` of the tensor lies."""
-        return (self._place.offset + offset) % PAGE
-
-    def __call__(self, offset: int, data: Array) -> None:
-        raw = data.reshape(-1).view("u1")
-        self._writer.write(self._place.offset + offset, raw)
-        self._committer.add(DoneUnit(self._number, self._place.shard, offset, offset + raw.nbytes, crc32c(raw)))
-
-    def mask(self, model: int, start: int, bits: Array) -> None:
-        """Keep a model's mask of the elements from `start` on."""
-        self._masks.write(self._number, model, start, bits)
-
-
-def _all_direct(manifests: Sequence[ChunkManifest]) -> bool:
-    """Whether everything can be read past the page cache; one file of each folder answers for the others."""
-    files = {Path(info.path).parent: info.path for manifest in manifests for info in manifest.files}
-    return all(supports_direct(path) for path in files.values())
-
-
-def _check_inputs(manifests: Sequence[ChunkManifest]) -> None:
-    """Refuse to read files that are not the ones the plan was made for."""
-    for manifest in manifests:
-        for info in manifest.files:
-            try:
-                status = Path(info.path).stat()
-            except FileNotFoundError:
-                raise InputChangedError(
-                    f"'{info.path}' is gone since the plan was made: bring it back, or build again"
-                ) from None
-            found = (status.st_size, status.st_mtime_ns, status.st_ino)
-            if found != (info.size, info.mtime_ns, info.inode):
-                raise InputChangedError(
-                    f"'{info.path}' changed since the plan was made (size, time and inode were {info.size:,}, "
-                    f"{info.mtime_ns}, {info.inode} and are {found[0]:,}, {found[1]}, {found[2]}): "
-                    f"build again, or bring the old file back"
-                )

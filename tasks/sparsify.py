@@ -61,7 +61,7 @@ def _reductions(job: Job) -> tuple[Reduction, ...]:
     if all(params["density"] in (0, 1) for params in job.sparsify_params):
         return ()
     if job.scope == "model":
-        return whole_trim.TRIMMING
+        return whole_trim.reductions(job)
     return (Coarse(any(restored_norms(job)), _start), *threshold_reductions(job))
 
 

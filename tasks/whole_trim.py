@@ -17,13 +17,16 @@ import numpy as np
 
 from mergepipe.tasks import kernels
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, Round, Shared, State, Tile
-from mergepipe.tasks.thinning import DROP_ALL, KEEP_ALL, Rescale, Ties
+from mergepipe.tasks.thinning import DROP_ALL, KEEP_ALL, Rescale, Ties, restored_norms
 from mergepipe.tasks.whole_select import magnitude_scores, selection
 
 STAGE = "trim"
 
-TRIMMING: tuple[Reduction, ...] = (Ties(), Rescale())
-"""What is left to do for each tensor once the threshold is known."""
+
+def reductions(job: Job) -> tuple[Reduction, ...]:
+    """What is left to do for each tensor once the threshold is known."""
+    exact = any(params["tie_rule"] == "index" for params in job.sparsify_params)
+    return (*((Ties(),) if exact else ()), *((Rescale(),) if any(restored_norms(job)) else ()))
 
 
 def rounds(jobs: Sequence[Job], kept_count: Callable[[float, int], int]) -> tuple[Round, ...]:

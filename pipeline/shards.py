@@ -1,0 +1,245 @@
+"""The output shards of a run: opened, filled, sealed as they are complete, handed over if the user asks for it.
+
+Sealing happens on a thread of its own, beside the work on the next shard, in this order: commit what was written, make
+the file durable and read it back, record that in the journal, rename. Once the record is there, the file is whole
+under one of its two names.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from mergepipe.errors import Interrupted
+from mergepipe.pipeline.commits import Committer, DoneUnit
+from mergepipe.pipeline.drive import Drivers
+from mergepipe.pipeline.events import Announcer, ShardSealed
+from mergepipe.pipeline.handover import SHARDS_OPEN, hand_over, handed_record
+from mergepipe.pipeline.masks import TaskMasks
+from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.resume import Progress, merged, sealed_record
+from mergepipe.storage.journal import Journal
+from mergepipe.storage.layout import OutputLayout, PlacedTensor
+from mergepipe.storage.writer import PAGE, SealedShard, ShardWriter, crc32c, publish_part, sync_folder
+from mergepipe.tasks.method import Array
+
+
+class Shards:
+    """All shards of one run.
+
+    Parameters
+    ----------
+    plan : Plan
+    layout : OutputLayout
+    progress : Progress
+        What earlier runs have done.
+    journal : Journal
+    masks : TaskMasks
+        Written beside the shards, made durable with them.
+    drivers : Drivers
+        Told of failures; asked whether to stop.
+    announce : Announcer
+    sha256 : bool
+    on_shard : str or None
+        The user's command for each complete shard.
+
+    Attributes
+    ----------
+    committer : Committer
+    handed : set of int
+        Numbers of the shards that the user's command has taken.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        layout: OutputLayout,
+        progress: Progress,
+        journal: Journal,
+        masks: TaskMasks,
+        drivers: Drivers,
+        announce: Announcer,
+        *,
+        sha256: bool,
+        on_shard: str | None,
+    ) -> None:
+        self._plan = plan
+        self._layout = layout
+        self._places = layout.places
+        self._folder = Path(plan.output)
+        self._progress = progress
+        self._masks = masks
+        self._drivers = drivers
+        self._announce = announce
+        self._sha256 = sha256
+        self._on_shard = on_shard
+        self.handed = set(progress.handed)
+        self._lock = threading.Lock()
+        self._writers: dict[int, ShardWriter] = {}
+        self._unfinished: set[int] = set()
+        self._sealed: list[Future[SealedShard]] = []
+        self._open_tensors = {number: 0 for number in range(len(layout.shards)) if number not in progress.sealed}
+        self.committer = Committer(journal, self._sync, drivers.fail)
+        self._sealer = ThreadPoolExecutor(1, "mergepipe-seal")
+
+    def open(self) -> None:
+        """Allocate every shard that is not complete; give those their names that were sealed but not renamed.
+
+        With a command for complete shards they are allocated one by one, when the first of their tensors is due.
+        """
+        for number, shard in enumerate(self._layout.shards):
+            if number not in self._progress.sealed:
+                if self._on_shard is None:
+                    self._writer(number)
+            elif len(self._layout.shards) > 1 and number not in self._progress.handed:
+                publish_part(self._folder / shard.file)
+        sync_folder(self._folder)
+
+    def expect(self, tensor: int) -> None:
+        """A tensor is still to be made."""
+        self._open_tensors[self.shard_of(tensor)] += 1
+
+    def start(self) -> None:
+        """Go on with what earlier runs left to do after the last tensor of a shard."""
+        for number in sorted(self._progress.sealed.keys() - self._progress.handed):
+            self._sealer.submit(self._hand_over, number)
+        for number in [number for number, count in self._open_tensors.items() if count == 0]:
+            self._seal(number)
+
+    def shard_of(self, tensor: int) -> int:
+        """Number of the shard that a tensor lies in."""
+        return self._places[self._plan.tensors[tensor].name].shard
+
+    def is_sealed(self, tensor: int) -> bool:
+        """Whether an earlier run has completed the tensor's shard."""
+        return self.shard_of(tensor) in self._progress.sealed
+
+    def make_room(self, tensor: int) -> None:
+        """Wait until the tensor's shard may be opened: each one takes up its whole size on disk."""
+        shard = self.shard_of(tensor)
+        while self._on_shard is not None and shard not in self._writers and len(self._unfinished) >= SHARDS_OPEN:
+            self._drivers.check_stop()
+            time.sleep(0.02)
+        self._drivers.check_stop()
+        self._writer(shard)
+
+    def sink(self, tensor: int) -> Sink:
+        """Where the units of a tensor are written to."""
+        place = self._places[self._plan.tensors[tensor].name]
+        return Sink(tensor, place, self._writer(place.shard), self.committer, self._masks)
+
+    def finish(self, tensor: int) -> None:
+        """A tensor is complete: seal its shard if it was the last one there."""
+        shard = self.shard_of(tensor)
+        with self._lock:
+            self._open_tensors[shard] -= 1
+            complete = self._open_tensors[shard] == 0
+        if complete:
+            self._seal(shard)
+        else:
+            self._sealer.submit(self._follow, shard)
+
+    def all_sealed(self) -> list[SealedShard]:
+        """Wait for the sealing of all shards; those of earlier runs included."""
+        try:
+            sealed = [future.result() for future in self._sealed]
+        except Interrupted:
+            self._drivers.raise_failure()
+            raise
+        return sorted([*sealed, *self._progress.sealed.values()], key=lambda shard: shard.file)
+
+    def close(self) -> None:
+        """End the threads, commit what is written, and close the files. Unfinished shards stay as they are."""
+        self._sealer.shutdown()
+        try:
+            self.committer.close()
+        finally:
+            for writer in self._writers.values():
+                writer.close()
+
+    def _sync(self, shard: int) -> None:
+        """Make durable what was written to a shard, and the masks beside it."""
+        self._masks.sync()
+        self._writers[shard].sync()
+
+    def _writer(self, shard: int) -> ShardWriter:
+        """The writer of a shard, opened at its first use."""
+        with self._lock:
+            if shard not in self._writers:
+                writer = self._writers[shard] = ShardWriter(self._folder, self._layout.shards[shard])
+                self._mark_done(shard, writer)
+                self._unfinished.add(shard)
+            return self._writers[shard]
+
+    def _mark_done(self, shard: int, writer: ShardWriter) -> None:
+        for tensor, written in self._progress.written.items():
+            if self.shard_of(tensor) == shard:
+                offset = self._places[self._plan.tensors[tensor].name].offset
+                for start, stop in merged(written):
+                    writer.mark(offset + start, offset + stop)
+
+    def _follow(self, shard: int) -> None:
+        """Hash what is there of a shard already; what fails here fails again when it is sealed."""
+        if not self._drivers.stopping:
+            self._writer(shard).follow(sha256=self._sha256)
+
+    def _seal(self, shard: int) -> None:
+        self._sealed.append(self._sealer.submit(self._seal_now, shard))
+
+    def _seal_now(self, number: int) -> SealedShard:
+        try:
+            self._drivers.check_stop()
+            writer = self._writer(number)
+            self.committer.commit()
+            sealed = writer.seal(sha256=self._sha256)
+            self.committer.record(sealed_record(number, sealed))
+            if len(self._layout.shards) > 1:
+                writer.publish()
+            self._announce(ShardSealed(sealed.file, sealed.size))
+        except BaseException as error:
+            self._drivers.fail(error)
+            raise
+        self._hand_over(number)
+        return sealed
+
+    def _hand_over(self, number: int) -> None:
+        """Give a complete shard to the user's command; a failure ends the run."""
+        try:
+            if self._on_shard is not None and len(self._layout.shards) > 1:
+                self._drivers.check_stop()
+                hand_over(self._on_shard, self._folder / self._layout.shards[number].file)
+                self.committer.record(handed_record(number))
+                self.handed.add(number)
+            self._unfinished.discard(number)
+        except BaseException as error:
+            self._drivers.fail(error)
+            raise
+
+
+class Sink:
+    """Writes units of one tensor into its shard, and hands them to the committer."""
+
+    def __init__(
+        self, tensor: int, place: PlacedTensor, writer: ShardWriter, committer: Committer, masks: TaskMasks
+    ) -> None:
+        self._tensor = tensor
+        self._place = place
+        self._writer = writer
+        self._committer = committer
+        self._masks = masks
+
+    def place(self, offset: int) -> int:
+        """Where in a page of the shard the byte `offset` of the tensor lies."""
+        return (self._place.offset + offset) % PAGE
+
+    def __call__(self, offset: int, data: Array) -> None:
+        """Write encoded values `offset` bytes into the tensor."""
+        raw = data.reshape(-1).view("u1")
+        self._writer.write(self._place.offset + offset, raw)
+        self._committer.add(DoneUnit(self._tensor, self._place.shard, offset, offset + raw.nbytes, crc32c(raw)))
+
+    def mask(self, model: int, start: int, bits: Array) -> None:
+        """Keep a model's mask of the elements from `start` on."""
+        self._masks.write(self._tensor, model, start, bits)
