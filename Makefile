@@ -23,7 +23,8 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY)  ## the tests, without the slow ones
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(READY)  ## all tests
+test-all: $(READY)  ## all tests, a fuzzer that follows coverage among them
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
 $(RIVAL)/ready:

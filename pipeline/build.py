@@ -17,11 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from mergepipe.errors import Fault, RecipeError, WorkspaceError
+from mergepipe.errors import DiskFullError, Fault, RecipeError, WorkspaceError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.align import AlignedTensor, Alignment, align
 from mergepipe.pipeline.events import Announcer, CopyProgress, Listener, Note
-from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, available_bytes, cpu_count, parse_bytes
+from mergepipe.pipeline.handover import SHARDS_OPEN
+from mergepipe.pipeline.machine import available_bytes, cpu_count
+from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
 from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTensor, Source, plan_id
 from mergepipe.pipeline.recipe import Recipe, load_recipe, settings
 from mergepipe.pipeline.schedule import schedule
@@ -115,7 +117,7 @@ def build(
     abandoned = _abandoned(workspace, plan, force)
     if outputs.finished(plan) is None:
         outputs.check_folder(Path(plan.output), [model.path for model in plan.models], _unfinished(workspace))
-        outputs.check_space(Path(plan.output), plan.layout().nbytes - outputs.held_bytes(plan), "the output")
+        _check_output_space(plan, announce)
     copies = sum(model.copied_bytes for model in plan.models)
     outputs.check_space(workspace.root, copies - held_bytes(workspace.stores), "the copied store")
     workspace.create()
@@ -349,6 +351,24 @@ def _abandoned(workspace: Workspace, plan: Plan, force: bool) -> Plan | None:
             f"it with `mergepipe run`, drop it with --force, or use another --work"
         )
     return old
+
+
+def _check_output_space(plan: Plan, announce: Announcer) -> None:
+    """Room for the whole output; or, in several files, for as many as are open at once, to be handed over in turn."""
+    folder, held = Path(plan.output), outputs.held_bytes(plan)
+    sizes = sorted((shard.size for shard in plan.layout().shards), reverse=True)
+    try:
+        outputs.check_space(folder, sum(sizes) - held, "the output")
+    except DiskFullError:
+        if len(sizes) <= SHARDS_OPEN:
+            raise
+        outputs.check_space(folder, sum(sizes[:SHARDS_OPEN]) - held, f"{SHARDS_OPEN} files of the output")
+        announce(
+            Note(
+                f"the disk of '{folder}' has no room for all {sum(sizes):,} bytes of the output: only `mergepipe run "
+                f"--on-shard COMMAND`, which moves complete files away as it goes, can finish there"
+            )
+        )
 
 
 def _unfinished(workspace: Workspace) -> set[str]:

@@ -8,10 +8,8 @@ memory counts: pages of mapped input files can be dropped at any time.
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from mergepipe.errors import MemoryBudgetError, UsageError
 from mergepipe.tasks.method import BLOCK_ELEMENTS
@@ -223,28 +221,6 @@ class Ceiling:
     def pool_bytes(self, unit: UnitShape, tensor: TensorShape) -> int:
         """What a direct reader may take beside the units of this shape, `gathered` as they are: all that is left."""
         return self.allowed - self.projected(replace(unit, gathered=False), tensor)
-
-
-def available_bytes() -> int:
-    """Memory this process may still take: of the machine, or of its cgroup where that is less."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-        machine = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024  # type: ignore[index]
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        folder = Path("/sys/fs/cgroup") / group
-        limit = (folder / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((folder / "memory.current").read_text())
-            machine = min(machine, max(0, int(limit) - used))
-    except (OSError, TypeError, ValueError):
-        pass
-    return machine
-
-
-def cpu_count() -> int:
-    """Processors this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def blocks_in(nbytes: int, itemsize: int, block: int) -> int:

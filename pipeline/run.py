@@ -36,10 +36,11 @@ from mergepipe.pipeline.events import (
 from mergepipe.pipeline.graph import MAX_BUNDLE_BYTES, Graph, bundles, count_tasks, run_bundle, tensor_graph
 from mergepipe.pipeline.handover import check_command, hand_over, handed_record
 from mergepipe.pipeline.inputs import all_direct, check_inputs
+from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.masks import TaskMasks
 from mergepipe.pipeline.materialize import write_head
 from mergepipe.pipeline.measure import Meter
-from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling, cpu_count, parse_bytes
+from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling, parse_bytes
 from mergepipe.pipeline.plan import Plan, Source
 from mergepipe.pipeline.resume import (
     Progress,

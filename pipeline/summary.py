@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.pipeline.memory import Ceiling, cpu_count
+from mergepipe.pipeline.machine import cpu_count
+from mergepipe.pipeline.memory import Ceiling
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.schedule import ScheduledTensor, schedule
 

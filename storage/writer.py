@@ -4,8 +4,9 @@ A shard is a `.part` file until it is complete. All its bytes are allocated firs
 hours of work; any thread writes any range at its planned offset; sealing makes it durable, reads it back, checks it
 with the safetensors library and only then gives it its final name. A `.part` file is never mistaken for a model.
 
-What sealing does *not* promise: that the values are right. It proves that what was written is what lies on disk, and
-that the file is a valid safetensors file with the planned tensors.
+What sealing does *not* promise: that the values are right, nor that the disk kept every byte as it was handed over. It
+makes the file durable, records the checksums of what reads back, and proves that it is a valid safetensors file with
+the planned tensors.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,24 @@ def test_not_a_number_is_named_with_model_tensor_and_index(models: Path, value: 
     with pytest.raises(errors.NonFiniteError, match=r"'layers\.1\.w' of model '.*/b' holds a .* at element 97"):
         merge(models)
     assert not (models / "merged" / "model.safetensors").exists()
+
+
+def test_a_disk_too_small_for_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("base", "a", "b")):
+        write_model(tmp_path / name, seed, shards=5)
+    sizes = sorted(shard.size for shard in mergepipe.build(recipe(tmp_path), work=tmp_path / "w0").layout().shards)
+    free = 0
+    usage = shutil._ntuple_diskusage  # type: ignore[attr-defined]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12 - free, free))
+    with pytest.raises(errors.DiskFullError, match=r"needs [\d,]+ bytes, 0 are free"):
+        mergepipe.build(recipe(tmp_path), work=tmp_path / "w1", out=tmp_path / "merged")
+    free = sum(sizes[-3:])
+    notes: list[Event] = []
+    mergepipe.build(recipe(tmp_path), work=tmp_path / "w1", out=tmp_path / "merged", on_event=notes.append)
+    assert any(isinstance(note, Note) and "--on-shard" in note.text for note in notes)
+    free -= 1
+    with pytest.raises(errors.DiskFullError, match="3 files of the output"):
+        mergepipe.build(recipe(tmp_path), work=tmp_path / "w2", out=tmp_path / "merged")
 
 
 def test_overflow_of_the_output_type_is_named(models: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,42 @@ def test_512_mib_plan_every_elementwise_method_of_70b(
 def test_the_largest_tensor_runs_under_512_mib(reader: str, tmp_path: Path) -> None:
     write_holes(tmp_path, LARGEST)
     check(tmp_path, tmp_path, "ties", "512MiB", "virtual", reader=reader, workers=2)
+
+
+@pytest.fixture
+def limited(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A control group of our own whose memory, file pages included, is limited to the ceiling."""
+    version_1 = Path("/sys/fs/cgroup/memory")
+    root = version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")
+    folder = root / f"mergepipe-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        name = "memory.limit_in_bytes" if root == version_1 else "memory.max"
+        (folder / name).write_text(str(512 * MIB))
+    except OSError as error:
+        if folder.is_dir():
+            folder.rmdir()
+        pytest.skip(f"no control group can be made here: {error}")
+    yield folder
+    folder.rmdir()
+
+
+def test_a_run_lives_in_a_control_group_of_its_ceiling(limited: Path, models: Path, tmp_path: Path) -> None:
+    """The kernel kills what takes more: inputs and output are several times the limit, which counts file pages too."""
+    write_recipe(models, tmp_path, "ties")
+    work = build_job(tmp_path, memory="512MiB", chunk_size="8MiB")
+    code = f"import mergepipe; print(mergepipe.run({str(work)!r}, workers=2).output)"
+    enter = f'echo $$ > {limited}/cgroup.procs && exec {sys.executable} -c "$0"'
+    done = subprocess.run(["sh", "-c", enter, code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == tmp_path / "merged"
+
+
+def test_a_run_lives_under_ulimit(models: Path, tmp_path: Path) -> None:
+    """RLIMIT_DATA bounds private writable memory, touched or not: a gigabyte, for what stacks and arenas reserve."""
+    write_recipe(models, tmp_path, "ties")
+    work = build_job(tmp_path, memory="512MiB", chunk_size="8MiB")
+    code = f"import mergepipe; print(mergepipe.run({str(work)!r}, workers=2).output)"
+    limit = f'ulimit -d {1024 * 1024} && exec {sys.executable} -c "$0"'
+    done = subprocess.run(["sh", "-c", limit, code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

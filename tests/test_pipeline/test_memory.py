@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergepipe.errors import MemoryBudgetError, UsageError
+from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import (
     MIB,
     TENSORS_IN_FLIGHT,
@@ -17,9 +18,7 @@ from mergepipe.pipeline.memory import (
     TensorShape,
     UnitShape,
     accumulator_bytes,
-    available_bytes,
     blocks_in,
-    cpu_count,
     parse_bytes,
     projected_bytes,
 )
