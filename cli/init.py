@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergepipe.errors import OutputExistsError
+from mergepipe.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
     from mergepipe.tasks.method import MergeMethod, Parameter
@@ -57,6 +57,8 @@ def command(recipe: Path, name: str) -> None:
             file.write(text)
     except FileExistsError:
         raise OutputExistsError(f"'{recipe}' exists: name another file, or remove it first") from None
+    except OSError as error:
+        raise UsageError(f"'{recipe}' can't be written: {error.strerror}") from error
     click.echo(f"{recipe}: fill in your models, then run `mergepipe build`")
 
 

@@ -9,6 +9,7 @@ import click
 
 from mergepipe.cli.inspect import print_table
 from mergepipe.cli.options import json_option, print_json, show_bytes, show_count, show_shape, work_option
+from mergepipe.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
     from mergepipe.pipeline.plan import Plan
@@ -37,7 +38,7 @@ def command(work: str, graph: Path | None, as_json: bool) -> None:
     plan = Plan.from_json(Workspace(Path(work)).read_plan())
     summary, rows = summarize(plan), tensor_rows(plan)
     if graph is not None:
-        graph.write_text(_picture(plan), encoding="utf-8")
+        _draw(graph, _picture(plan))
     if as_json:
         print_json(summary | {"per_tensor": rows})
         return
@@ -49,6 +50,20 @@ def command(work: str, graph: Path | None, as_json: bool) -> None:
     print_table(head, [_cells(row) for row in rows])
     if graph is not None:
         click.echo(f"\nthe graph of one bundle is drawn in {graph}")
+
+
+def _draw(path: Path, picture: str) -> None:
+    """Write the picture; over an older picture if there is one, never over anything else."""
+    if path.suffix != ".svg":
+        raise UsageError(f"'{path}' is no name for the picture: it is SVG, so name a file that ends in .svg")
+    try:
+        if path.exists() and not path.read_bytes().startswith(b"<svg"):
+            raise OutputExistsError(f"'{path}' exists and is no SVG: name another file")
+        path.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        if isinstance(error, OutputExistsError):
+            raise
+        raise UsageError(f"'{path}' can't be written: {error.strerror}") from error
 
 
 def print_summary(summary: dict[str, Any]) -> None:

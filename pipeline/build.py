@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from mergepipe.errors import DiskFullError, Fault, RecipeError, WorkspaceError
+from mergepipe.errors import CheckpointError, DiskFullError, Fault, RecipeError, WorkspaceError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.align import AlignedTensor, Alignment, align
 from mergepipe.pipeline.events import Announcer, CopyProgress, Listener, Note
@@ -95,7 +95,7 @@ def build(
     """
     announce = Announcer(on_event)
     parsed = load_recipe(recipe, overrides)
-    checkpoints = [open_checkpoint(Path(path)) for path in parsed.sources]
+    checkpoints = _open_all(parsed.sources)
     alignment = align(parsed, checkpoints)
     kind: Literal["virtual", "copy"] = "copy" if store == "copy" else "virtual"
     plan = make_plan(
@@ -143,6 +143,21 @@ def _withdraw(workspace: Workspace, plan: Plan) -> None:
 def _is_whole(tensor: PlannedTensor, seed: int) -> bool:
     """Whether a tensor's method looks at it as a whole matrix."""
     return tensor.action == "merge" and find_method(tensor.method).whole(tensor.job(seed)) is not None
+
+
+def _open_all(paths: Sequence[str]) -> list[Checkpoint]:
+    """Open every checkpoint; what is wrong with several of them is told together."""
+    opened, errors = [], []
+    for path in paths:
+        try:
+            opened.append(open_checkpoint(Path(path)))
+        except CheckpointError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise CheckpointError("\n".join(str(error) for error in errors))
+    if errors:
+        raise errors[0]
+    return opened
 
 
 def make_plan(
@@ -196,11 +211,21 @@ def make_plan(
         side=side,
         sidecar=0,
         dtype=recipe.output_dtype,
-        notes=(*recipe.notes, *alignment.notes),
+        notes=(*recipe.notes, *alignment.notes, *_idle_rules(recipe, tensors)),
         allowed=allowed,
         chunk_bytes=chunk_bytes,
         seed=recipe.seed,
     )
+
+
+def _idle_rules(recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[str]:
+    """Rules that no tensor answers to: most likely misspelt."""
+    used = {id(recipe.rule_for(tensor.name)) for tensor in tensors}
+    return [
+        f"the rule for '{rule.match}' applies to no tensor: no name matches, or an earlier rule comes first"
+        for rule in recipe.rules
+        if id(rule) not in used
+    ]
 
 
 def _plan_models(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, WrapperStore
 
-from mergepipe.errors import DiskFullError, OutputExistsError, tensor_context
+from mergepipe.errors import DiskFullError, OutputExistsError
 from mergepipe.storage import zdtype
 from mergepipe.storage.atomic import fsync_path, no_room_errors, temporary_of, write_atomic
 from mergepipe.storage.checkpoint import Checkpoint, FileInfo, file_info
@@ -142,13 +142,23 @@ def _is_whole(chunk: Path, nbytes: int) -> bool:
     return len(data) == nbytes + _CHECKSUM_BYTES and google_crc32c.value(data[:nbytes]) == checksum
 
 
+@contextmanager
+def _tensor_context(name: str, where: str) -> Iterator[None]:
+    """Add "while working on tensor NAME of WHERE" to any error that passes by."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while working on tensor '{name}' of {where}")
+        raise
+
+
 def _write(source: ChunkManifest, part: Path, on_bytes: Callable[[int], None]) -> None:
     zdtype.register()
     documents = hierarchy_documents(source, checksum=True)
     store = _HeldBackStore(LocalStore(part), documents)
     with MmapReader() as reader:
         for name in source.arrays:
-            with tensor_context(name, str(part)):
+            with _tensor_context(name, str(part)):
                 _write_chunks(store, reader, source, name, on_bytes)
             (part / name).mkdir(parents=True, exist_ok=True)  # a tensor without elements has no chunks
             for key in chunk_keys(source.arrays[name]):  # together, so that the disk had time to write most of them

@@ -1,7 +1,7 @@
 """What the reductions found, as zarr arrays: `statistics/<name>`, one row per tensor of the plan.
 
 Small statistics (thresholds, densities) are kept in memory and written together; a histogram goes to disk at once, one
-compressed chunk per tensor. Rows of tensors that have no such statistic read as NaN, or as zeros for counts. The names
+compressed chunk per tensor. Rows of tensors that have no such statistic read as NaN, or as -1 for counts. The names
 of the tensors, in row order, are the attribute `tensors` of the group.
 """
 
@@ -97,4 +97,4 @@ def _whole_group(path: Path) -> Any:
 
 
 def _missing(dtype: np.dtype[Any]) -> float | int:
-    return float("nan") if dtype.kind == "f" else 0
+    return float("nan") if dtype.kind == "f" else -1

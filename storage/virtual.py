@@ -243,7 +243,8 @@ def open_store(path: str | os.PathLike[str]) -> zarr.Group:
     Parameters
     ----------
     path : path-like
-        A manifest file, or the folder of a copied store.
+        A manifest file, the folder of a copied store, or the folder of one model in a workspace
+        (`.mergepipe/stores/0-base`), whichever kind it holds.
 
     Returns
     -------
@@ -258,9 +259,13 @@ def open_store(path: str | os.PathLike[str]) -> zarr.Group:
         If the file is no valid manifest.
     """
     path = Path(path)
+    if (path / "zarr" / "zarr.json").is_file():
+        path /= "zarr"
+    elif (path / "manifest.json").is_file():
+        path /= "manifest.json"
     if path.is_dir():
         if not (path / "zarr.json").is_file():
-            raise CheckpointNotFoundError(f"'{path}' is no copied store: it has no zarr.json")
+            raise CheckpointNotFoundError(f"'{path}' holds no store: expected zarr.json, zarr/ or manifest.json in it")
         zdtype.register()
         return zarr.open_group(LocalStore(path, read_only=True), mode="r")
     return zarr.open_group(VirtualStore(ChunkManifest.load(path)), mode="r")

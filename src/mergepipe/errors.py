@@ -9,8 +9,7 @@ This module imports nothing of ours: every layer may raise from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -130,25 +129,3 @@ class Interrupted(MergepipeError):
     """The run was stopped on request (exit code 130)."""
 
     exit_code = 130
-
-
-@contextmanager
-def tensor_context(name: str, where: str) -> Iterator[None]:
-    """Add "tensor NAME in WHERE" to any error that passes by, once.
-
-    Examples
-    --------
-    >>> try:
-    ...     with tensor_context("lm_head.weight", "model.safetensors"):
-    ...         raise ShortReadError("file ends early")
-    ... except ShortReadError as error:
-    ...     print(error.__notes__)
-    ["while working on tensor 'lm_head.weight' of model.safetensors"]
-    """
-    try:
-        yield
-    except Exception as error:
-        note = f"while working on tensor '{name}' of {where}"
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-        raise

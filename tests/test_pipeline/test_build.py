@@ -271,6 +271,20 @@ def test_not_a_number_is_named_with_model_tensor_and_index(models: Path, value: 
     assert not (models / "merged" / "model.safetensors").exists()
 
 
+def test_a_rule_that_applies_to_nothing_is_noted(models: Path) -> None:
+    rules = [{"match": r"layers\.\d+\.w", "merge_method": "linear"}, {"match": "lm_haed", "merge_method": "linear"}]
+    plan = mergepipe.build(recipe(models, rules=rules), work=models / "work", out=models / "merged")
+    assert [note for note in plan.notes if "applies to no tensor" in note] == [
+        "the rule for 'lm_haed' applies to no tensor: no name matches, or an earlier rule comes first"
+    ]
+
+
+def test_several_bad_checkpoints_are_told_together(models: Path) -> None:
+    keys = {"base_model": str(models / "nowhere"), "models": [{"model": str(models / "gone")}]}
+    with pytest.raises(errors.CheckpointError, match=r"(?s)nowhere.*gone"):
+        mergepipe.build(recipe(models, **keys), work=models / "work", out=models / "merged")
+
+
 def test_a_disk_too_small_for_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, name in enumerate(("base", "a", "b")):
         write_model(tmp_path / name, seed, shards=5)

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +177,7 @@ def test_open_store_on_a_saved_manifest(model: tuple[ChunkManifest, dict[str, by
 def test_open_store_on_something_else(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError):
         open_store(tmp_path / "nothing")
-    with pytest.raises(CheckpointNotFoundError, match=r"no zarr\.json"):
+    with pytest.raises(CheckpointNotFoundError, match=r"holds no store"):
         open_store(tmp_path)
     (tmp_path / "x").write_text("x")
     with pytest.raises(WorkspaceError):
@@ -211,6 +213,41 @@ def test_stock_kerchunk_reader(model: tuple[ChunkManifest, dict[str, bytes]], tm
     fs = ReferenceFileSystem(fo=json.loads(path.read_text()), asynchronous=True)
     store = FsspecStore(fs, read_only=True, path="")
     assert_every_tensor(zarr.open_group(store, mode="r"), data)
+
+
+READ_ALONE = """
+import json, sys
+import zarr
+from fsspec.implementations.reference import ReferenceFileSystem
+from zarr.storage import FsspecStore
+from mergepipe.storage import zdtype
+zdtype.register()
+with open(sys.argv[1]) as file:
+    fs = ReferenceFileSystem(json.load(file), asynchronous=True)
+group = zarr.open_group(FsspecStore(fs, path="", read_only=True), mode="r")
+print(str(group[sys.argv[2]].dtype), group[sys.argv[2]][...].tobytes().hex())
+assert "mergepipe.storage.virtual" not in sys.modules
+"""
+
+
+def test_a_stock_reader_needs_the_data_type_alone(
+    model: tuple[ChunkManifest, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """References and zarr read bfloat16 in a process that knows nothing of ours but the data type."""
+    manifest, data = model
+    (tmp_path / "references.json").write_text(json.dumps(kerchunk_references(manifest)))
+    name = next(name for name, (dtype, shape) in SHAPES.items() if dtype == "BF16" and math.prod(shape) > 1)
+    command = [sys.executable, "-c", READ_ALONE, str(tmp_path / "references.json"), name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["bfloat16", data[name].hex()]
+
+
+def test_open_store_on_a_models_folder(model: tuple[ChunkManifest, dict[str, bytes]], tmp_path: Path) -> None:
+    manifest, data = model
+    (tmp_path / "0-base").mkdir()
+    manifest.save(tmp_path / "0-base" / "manifest.json")
+    assert_every_tensor(open_store(tmp_path / "0-base"), data)
 
 
 def test_huge_empty_dimensions(tmp_path: Path) -> None:
