@@ -27,7 +27,7 @@ from mergepipe.cli.demo.training import Array, Family, Task, cut, fine_tune, spo
 
 LENGTH = 24
 HELD_OUT = 400
-STEPS, QUICK_STEPS = (1600, 300), (300, 120)
+STEPS, QUICK_STEPS = (1600, 300), (210, 85)
 """Batches for the base and for each expert."""
 
 TYPING_ERRORS = 0.15

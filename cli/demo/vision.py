@@ -20,7 +20,7 @@ from mergepipe.cli.demo.training import Array, Family, Task, classification_loss
 
 SIDE = 12
 HELD_OUT = 400
-STEPS, QUICK_STEPS = (2500, 500), (500, 100)
+STEPS, QUICK_STEPS = (2500, 500), (380, 80)
 """Batches for the base and for each expert."""
 
 CLEAN, NOISY = 0.2, 0.7
