@@ -218,8 +218,12 @@ def test_planning_reads_no_tensor_byte(models: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a tensor byte was asked for")
 
-    monkeypatch.setattr("mergepipe.storage.readers.MmapReader.window", refuse)
-    mergepipe.build(recipe(models), work=models / "work", out=models / "merged")
+    for reader in ("readers.MmapReader", "direct.DirectReader"):
+        monkeypatch.setattr(f"mergepipe.storage.{reader}.window", refuse)
+    plan = mergepipe.build(recipe(models), work=models / "work", out=models / "merged")
+    assert len(plan.tensors) == 5
+    with pytest.raises(AssertionError, match="a tensor byte was asked for"):
+        mergepipe.run(models / "work", reader="mmap")
 
 
 def test_the_summary_adds_up(models: Path) -> None:
