@@ -29,9 +29,11 @@ def command(work: str, as_json: bool) -> None:
     click.echo(f"state     {found.state}" + (f", process {found.process}" if found.process else ""))
     click.echo(f"output    {found.output}")
     amount = f"{show_bytes(found.done_bytes)} of {show_bytes(found.total_bytes)}"
-    click.echo(f"done      {found.percent:.0f} %, {amount}, {found.shards_done} of {found.shards} files")
+    click.echo(f"done      {int(found.percent)} %, {amount}, {found.shards_done} of {found.shards} files")
     if found.rate and found.left_s is not None:
         click.echo(f"rate      {show_bytes(found.rate)}/s, {show_seconds(found.left_s)} left at that")
     for text in found.damage:
         click.echo(f"damage    {text}")
+    if found.failure is not None:
+        click.echo(f"stopped   {found.failure}")
     click.echo(f"next      {found.remedy}")

@@ -20,6 +20,20 @@ from mergepipe.pipeline.events import CopyProgress, Event, Listener, RunStarted,
 from mergepipe.pipeline.measure import anonymous_bytes
 
 PROGRESS_SECONDS = 5.0
+TAIL_BYTES = 64 * 1024
+
+
+def last_failure(path: Path) -> str | None:
+    """What ended the latest run, if that was an error and no request to stop; None where the log does not say."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            line = json.loads(file.read().splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+    if not isinstance(line, dict) or line.get("event") != "Stopped" or line.get("kind") == "Interrupted":
+        return None
+    return str(line.get("reason"))
 
 
 class EventLog:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mergepipe.pipeline import outputs, recheck
+from mergepipe.pipeline.eventlog import last_failure
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.resume import Progress
 from mergepipe.storage.journal import Record, read_journal
@@ -48,6 +49,8 @@ class Status:
         What is not as the journal says.
     remedy : str
         What to do next.
+    failure : str or None
+        The error that ended the latest run, if one did.
     """
 
     state: State
@@ -64,6 +67,7 @@ class Status:
     left_s: float | None
     damage: tuple[str, ...]
     remedy: str
+    failure: str | None = None
 
     @property
     def percent(self) -> float:
@@ -114,6 +118,7 @@ def status(work: str | Path = ".mergepipe", *, now: float | None = None) -> Stat
         left_s=None if not rate else (data - done) / rate,
         damage=damage,
         remedy=_remedy(state, workspace),
+        failure=last_failure(workspace.events_file) if state in ("interrupted", "damaged") else None,
     )
 
 

@@ -20,6 +20,7 @@ from mergepipe import errors
 from mergepipe.pipeline.events import Event, Note, ShardSealed
 from mergepipe.pipeline.materialize import materialize
 from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.status import status
 from mergepipe.pipeline.summary import summarize, tensor_rows
 
 BODY = {"layers.0.w": (40, 30), "layers.1.w": (40, 30), "norm": (30,)}
@@ -272,6 +273,10 @@ def test_not_a_number_is_named_with_model_tensor_and_index(models: Path, value: 
     save_file(tensors, models / "b" / "model.safetensors")
     with pytest.raises(errors.NonFiniteError, match=r"'layers\.1\.w' of model '.*/b' holds a .* at element 97"):
         merge(models)
+    found = status(models / "work")
+    assert found.state == "interrupted"
+    assert found.failure is not None
+    assert "holds a NaN or an infinity at element 97" in found.failure
     assert not (models / "merged" / "model.safetensors").exists()
 
 
