@@ -62,7 +62,7 @@ from mergepipe.storage.readers import MmapReader, Reader
 from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.storage.writer import SealedShard
-from mergepipe.tasks.method import Job, MergeMethod, State
+from mergepipe.tasks.method import STATISTICS_ONLY, Job, MergeMethod, State
 from mergepipe.tasks.nodes import MatrixWork, Nowhere, TensorCopy, TensorSource, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.subspace.report import readable
@@ -506,7 +506,7 @@ class _Run:
         self.shards.committer.add_record(state_record(number, state))
 
     def _keep(self, number: int, state: State) -> None:
-        self._statistics.put(number, {name: value for name, value in state.items() if name != "histogram"})
+        self._statistics.put(number, {name: value for name, value in state.items() if name not in STATISTICS_ONLY})
         if "densities" in state:
             name = self.plan.tensors[number].name
             with self._lock:

@@ -191,6 +191,9 @@ def test_the_largest_tensor_runs_under_512_mib(reader: str, tmp_path: Path) -> N
     check(tmp_path, tmp_path, "ties", "512MiB", "virtual", reader=reader, workers=2)
 
 
+GROUP_MIB = 352
+
+
 @pytest.fixture
 def limited(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A control group of our own whose memory, file pages included, is limited to the ceiling."""
@@ -200,7 +203,7 @@ def limited(request: pytest.FixtureRequest) -> Iterator[Path]:
     try:
         folder.mkdir()
         name = "memory.limit_in_bytes" if root == version_1 else "memory.max"
-        (folder / name).write_text(str(512 * MIB))
+        (folder / name).write_text(str(GROUP_MIB * MIB))
     except OSError as error:
         if folder.is_dir():
             folder.rmdir()
@@ -209,22 +212,22 @@ def limited(request: pytest.FixtureRequest) -> Iterator[Path]:
     folder.rmdir()
 
 
-def test_a_run_lives_in_a_control_group_of_its_ceiling(limited: Path, models: Path, tmp_path: Path) -> None:
-    """The kernel kills what takes more: inputs and output are several times the limit, which counts file pages too."""
-    write_recipe(models, tmp_path, "ties")
-    work = build_job(tmp_path, memory="512MiB", chunk_size="8MiB")
+def run_behind(first: str, memory: str, models: Path, folder: Path) -> None:
+    """A TIES run under `memory`, in a shell that does `first` before it."""
+    write_recipe(models, folder, "ties")
+    work = build_job(folder, memory=memory, chunk_size="8MiB")
     code = f"import mergepipe; print(mergepipe.run({str(work)!r}, workers=2).output)"
-    enter = f'echo $$ > {limited}/cgroup.procs && exec {sys.executable} -c "$0"'
-    done = subprocess.run(["sh", "-c", enter, code], capture_output=True, text=True)
+    command = f'{first} && exec {sys.executable} -c "$0"'
+    done = subprocess.run(["sh", "-c", command, code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == tmp_path / "merged"
+    assert Path(done.stdout.strip()) == folder / "merged"
+
+
+def test_a_run_lives_in_a_control_group_of_its_ceiling(limited: Path, models: Path, tmp_path: Path) -> None:
+    """The kernel kills what takes more, counting file pages too: there is no room for all 180 MB of them."""
+    run_behind(f"echo $$ > {limited}/cgroup.procs", f"{GROUP_MIB}MiB", models, tmp_path)
 
 
 def test_a_run_lives_under_ulimit(models: Path, tmp_path: Path) -> None:
     """RLIMIT_DATA bounds private writable memory, touched or not: a gigabyte, for what stacks and arenas reserve."""
-    write_recipe(models, tmp_path, "ties")
-    work = build_job(tmp_path, memory="512MiB", chunk_size="8MiB")
-    code = f"import mergepipe; print(mergepipe.run({str(work)!r}, workers=2).output)"
-    limit = f'ulimit -d {1024 * 1024} && exec {sys.executable} -c "$0"'
-    done = subprocess.run(["sh", "-c", limit, code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_behind(f"ulimit -d {1024 * 1024}", "512MiB", models, tmp_path)
