@@ -134,6 +134,7 @@ class PlannedTensor:
             self.sparsify_params,
             seed,
             self.scope,
+            all(source.dtype == "BF16" for source in self.sources),
         )
 
 

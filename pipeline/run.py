@@ -373,7 +373,7 @@ class _Run:
     def _bytes_left(self, number: int) -> int:
         item, rest = self.scheduled[number], self._rest[number]
         share = len(rest.units) / max(1, len(item.units))
-        sweeps = 0 if number in self._progress.states else len(item.sweeps)
+        sweeps = 0.0 if number in self._progress.states else item.sweep_reads
         sweeps += sum(len(one.reductions(item.tensor.job(self.plan.seed))) for one in self._rounds.left_of(number))
         return int(item.tensor.input_bytes() * (sweeps + share) + item.tensor.output.nbytes * share)
 

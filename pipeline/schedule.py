@@ -30,7 +30,7 @@ from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.rounds import sweeps_ahead
 from mergepipe.storage.direct import SLACK_BYTES
 from mergepipe.storage.dtypes import DTYPES
-from mergepipe.tasks.method import Reduction, block_elements
+from mergepipe.tasks.method import Reduction, block_elements, expected_reads
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.subspace.panels import UNIT_ELEMENTS, blocks_of, panel_floats, spans
 
@@ -62,6 +62,8 @@ class ScheduledTensor:
         Bytes that a whole matrix has to be admitted for; 0 for all other tensors.
     rounds : tuple of str
         Names of the sweeps over it that come first, for what has to be known of the whole model.
+    sweep_reads : float
+        How often its own sweeps are expected to read it.
     """
 
     tensor: PlannedTensor
@@ -72,6 +74,7 @@ class ScheduledTensor:
     steps: tuple[str, ...] = ()
     held: int = 0
     rounds: tuple[str, ...] = ()
+    sweep_reads: float = 0.0
 
     @property
     def tasks(self) -> int:
@@ -82,7 +85,7 @@ class ScheduledTensor:
     @property
     def bytes_read(self) -> int:
         """Bytes its sweeps and its kernel ask for; a repeated read may come from the page cache."""
-        return self.tensor.input_bytes() * (len(self.rounds) + len(self.sweeps) + 1 + bool(self.steps))
+        return int(self.tensor.input_bytes() * (len(self.rounds) + self.sweep_reads + 1 + bool(self.steps)))
 
 
 def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> tuple[ScheduledTensor, ...]:
@@ -145,10 +148,18 @@ def _whole(tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, shape: MatrixSha
     units = tuple(blocks_of(rows, span) for span in spans(rows, UNIT_ELEMENTS))
     held = matrix_bytes(shape, ceiling.workers)
     projected = ceiling.reserved + TORCH_BYTES + held
-    sweeps = tuple(sweep.name for sweep in method.reductions(job))
-    pool = ceiling.allowed - projected
-    rounds = tuple(sweep.name for sweep in ahead.get(tensor.name, ()))
-    return ScheduledTensor(tensor, units, sweeps, projected, pool, steps=matrix.steps(job), held=held, rounds=rounds)
+    sweeps = method.reductions(job)
+    return ScheduledTensor(
+        tensor,
+        units,
+        tuple(sweep.name for sweep in sweeps),
+        projected,
+        ceiling.allowed - projected,
+        steps=matrix.steps(job),
+        held=held,
+        rounds=tuple(sweep.name for sweep in ahead.get(tensor.name, ())),
+        sweep_reads=expected_reads(sweeps),
+    )
 
 
 def _matrix(
@@ -225,7 +236,8 @@ def _cut(
     names = tuple(sweep.name for sweep in sweeps)
     rounds = tuple(sweep.name for sweep in ahead.get(tensor.name, ()))
     projected, pool = ceiling.projected(full, kept), ceiling.pool_bytes(full, kept)
-    return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds)
+    reads = expected_reads(sweeps)
+    return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds, sweep_reads=reads)
 
 
 def _unit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -51,7 +52,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "parameters": sum(_size(item) for item in items),
         "methods": dict(methods.most_common()),
         "input_bytes": sum(item.tensor.input_bytes() for item in items),
-        "sweeps": max((len(item.rounds) + len(item.sweeps) + 1 for item in items), default=0),
+        "sweeps": max((math.ceil(len(item.rounds) + item.sweep_reads + 1) for item in items), default=0),
         "requested_bytes": sum(item.bytes_read for item in items),
         "output_bytes": layout.nbytes,
         "shards": len(layout.shards),

@@ -28,8 +28,14 @@ TOP_BINS = 1 << 15
 STRIP = 2048
 """Elements taken at once: a strip of eight models in float32 fills the first-level cache."""
 
-LOOK = 64
-"""Elements looked at together for a match, as in :mod:`mergepipe.tasks.select`."""
+PIECE = STRIP // 8
+"""Elements of a strip that are taken as a sample."""
+
+FINE_BINS = 1 << 16
+
+ODD = 1 << 40
+"""What :func:`count_near` adds to a counter, once a call, if it met a pattern that is not the counter's first: above
+any number of elements."""
 
 
 def strips(models: int) -> Rows:
@@ -129,15 +135,37 @@ def _scatter(keys: Array, lanes: Array) -> None:
 
 
 @kernel
-def count_fine(base: Array, rows: Rows, prefixes: Array, counts: Array) -> bool:
-    """Add the low 16 bits of those magnitudes of deltas whose top 15 bits are wanted to `counts`.
+def sample_top(base: Array, rows: Rows, counts: Array) -> bool:
+    """As :func:`count_top`, of a piece of each strip only, which lies elsewhere in each: no column is left out."""
+    below = np.empty(PIECE, np.float32)
+    keys = np.empty(PIECE, np.int32)
+    worst = np.int32(0)
+    for strip in range(base.size // STRIP):
+        # Fibonacci hashing: neighbours get places far from each other, and no width of a row has a rhythm with it.
+        place = ((strip * 0x9E3779B1) & 0xFFFFFFFF) >> 29
+        start = strip * STRIP + place * PIECE
+        worst = max(worst, _decode(base[start : start + PIECE], below))
+        for k in range(len(rows)):
+            worst = max(worst, _keys(rows[k][start : start + PIECE], below, keys))
+            for i in range(PIECE):
+                counts[k, np.uintp(keys[i] >> 16)] += 1
+    return bool(worst < 0x7F80)
+
+
+@kernel
+def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Array) -> bool:
+    """Count the magnitudes of the deltas that lie in windows, exactly or several patterns to a counter.
 
     Parameters
     ----------
     base, rows : uint16 ndarray, shape (n,); one row per model
-    prefixes : int64 ndarray, shape (models, ranks)
-        The wanted top bits; negative for a rank that is not wanted.
-    counts : int64 ndarray, shape (models, ranks, 65536)
+    lows : int64 ndarray, shape (models, windows)
+        The bits of the smallest magnitude inside; negative for a window that is not wanted.
+    shifts : int64 ndarray, shape (models, windows)
+        A counter stands for ``2**shift`` patterns, a window is 65536 counters wide.
+    counts : int64 ndarray, shape (models, windows, 65536 or 65537)
+        Added to: how many fall to each counter, plus :data:`ODD` if one of them is not the counter's first pattern;
+        in the last place, if there is one, how many lie below the window.
 
     Returns
     -------
@@ -146,31 +174,49 @@ def count_fine(base: Array, rows: Rows, prefixes: Array, counts: Array) -> bool:
     """
     below = np.empty(STRIP, np.float32)
     keys = np.empty(STRIP, np.int32)
+    # Eight marks are looked at as one word, and most words are zero. Marks behind the end stay so.
+    marks = np.zeros(STRIP, np.uint8)
+    words = marks.view(np.int64)
     worst = np.int32(0)
     for start in range(0, base.size, STRIP):
         stop = min(start + STRIP, base.size)
+        if stop - start < STRIP:
+            marks[stop - start :] = 0
         worst = max(worst, _decode(base[start:stop], below))
         for k in range(len(rows)):
             worst = max(worst, _keys(rows[k][start:stop], below, keys))
-            for r in range(prefixes.shape[1]):
-                if prefixes[k, r] >= 0:
-                    _count_matches(keys[: stop - start], np.int32(prefixes[k, r]), counts[k, r])
+            for r in range(lows.shape[1]):
+                if lows[k, r] >= 0:
+                    low, width = np.int32(lows[k, r]), np.int32(FINE_BINS << shifts[k, r])
+                    lower = _mark(keys[: stop - start], low, width, marks)
+                    if counts.shape[2] > FINE_BINS:
+                        counts[k, r, FINE_BINS] += lower
+                    _count_marked(keys, marks, words, low, shifts[k, r], counts[k, r])
     return bool(worst < 0x7F80)
 
 
 @kernel
-def _count_matches(keys: Array, prefix: Any, counts: Array) -> None:
-    low = np.int32(prefix << 16)
-    high = np.int32(low + 0xFFFF)
-    for start in range(0, keys.size, LOOK):
-        piece = keys[start : start + LOOK]
-        found = np.int32(0)
-        for i in range(piece.size):
-            found |= np.int32((piece[i] >= low) & (piece[i] <= high))
-        if found:
-            for i in range(piece.size):
-                if (piece[i] >= low) & (piece[i] <= high):
-                    counts[np.uintp(piece[i] & 0xFFFF)] += 1
+def _mark(keys: Array, low: Any, width: Any, marks: Array) -> Any:
+    """Mark the keys inside a window; how many lie below it."""
+    below = np.int32(0)
+    for i in range(keys.size):
+        place = np.int32(keys[i] - low)
+        below += np.int32(place < 0)
+        marks[i] = np.uint8((place >= 0) & (place < width))
+    return below
+
+
+@kernel
+def _count_marked(keys: Array, marks: Array, words: Array, low: Any, shift: int, counts: Array) -> None:
+    within = np.int32((1 << shift) - 1)
+    for word in range(words.size):
+        if words[word] != 0:
+            for i in range(8 * word, 8 * word + 8):
+                if marks[i]:
+                    place = np.int32(keys[i] - low)
+                    at = np.uintp(place >> shift)
+                    odd = ((place & within) != 0) & (counts[at] < ODD)
+                    counts[at] += np.int64(1) + (np.int64(odd) << 40)
 
 
 @kernel

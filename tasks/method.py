@@ -16,7 +16,7 @@ Adding a method is one file in :mod:`mergepipe.tasks.methods` that builds a :cla
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -239,6 +239,9 @@ class Job:
         The recipe's seed.
     scope : {'tensor', 'model'}
         Where thresholds are taken: over this tensor, or over all that are merged in the same way.
+    halves : bool
+        Whether all inputs are stored as bfloat16, whose differences have few significant bits: decides about the way
+        to a result, never about the result.
     """
 
     name: str
@@ -251,6 +254,7 @@ class Job:
     sparsify_params: tuple[Mapping[str, Any], ...] = ()
     seed: int = 0
     scope: str = "tensor"
+    halves: bool = False
 
     @property
     def size(self) -> int:
@@ -311,7 +315,11 @@ class Accumulator:
 
 
 class Reduction(Protocol):
-    """One sweep over a tensor. Implementations are stateless: everything they know is in `job` and `state`."""
+    """One sweep over a tensor. Implementations are stateless: everything they know is in `job` and `state`.
+
+    Three more attributes are optional: `stored`, as of :class:`MergeMethod`; `reads`, see :func:`expected_reads`; and
+    `sampled`, true for a sweep to which some blocks will do where the others would have to be read for it.
+    """
 
     @property
     def name(self) -> str:
@@ -328,6 +336,15 @@ class Reduction(Protocol):
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """New entries for the state, once all tiles are in."""
+
+
+def expected_reads(sweeps: Iterable[Reduction]) -> float:
+    """How often sweeps are expected to read a tensor's inputs.
+
+    Once each, but for those that say otherwise by their `reads`: a sample is a part, and a sweep that is made only
+    where a guess has missed is none.
+    """
+    return sum(getattr(sweep, "reads", 1.0) for sweep in sweeps)
 
 
 @dataclass(frozen=True, slots=True)

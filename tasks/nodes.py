@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ from mergepipe.tasks.method import (
     StoredKernel,
     Tile,
     block_bounds,
+    expected_reads,
     no_stored,
 )
 from mergepipe.tasks.subspace.declare import thin
@@ -41,6 +43,10 @@ from mergepipe.tasks.subspace.panels import Made, blocks_of, rows_of
 
 if TYPE_CHECKING:
     import torch
+
+
+SAMPLED_BLOCKS = 16
+"""One block in so many is read for a sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +205,11 @@ class TensorWork:
 
     def begin(self) -> None:
         """Tell the reader what will be asked for."""
-        sweeps = [self.sweep_units] * (min(1, len(self.sweeps)) if self._resident else len(self.sweeps))
-        apply = () if sweeps and self._resident and self.units == self.sweep_units else self.units
-        self._reader.ahead(self._segments(blocks) for units in (*sweeps, apply) for blocks in units)
+        # What is read once is announced once; sweeps that hardly ever come are not announced.
+        expected = [sweep for sweep in self.sweeps if expected_reads([sweep])][: 1 if self._resident else None]
+        looks = [self._looked_at(sweep, unit) for sweep in expected for unit in self.sweep_units]
+        apply = () if looks and self._resident and self.units == self.sweep_units else self.units
+        self._reader.ahead(self._segments(blocks) for blocks in (*chain.from_iterable(looks), *apply))
 
     def end(self) -> None:
         """Tell the reader that nothing will be asked for any more."""
@@ -214,7 +222,7 @@ class TensorWork:
         if reduction.needed(self.job, self.state):
             self._stop()
             self._sweep(reduction, sweep, unit)
-        self._report(reduction.name, self._input_bytes(self.sweep_units[unit]))
+        self._report(reduction.name, int(expected_reads([reduction]) * self._input_bytes(self.sweep_units[unit])))
 
     def _sweep(self, reduction: Reduction, sweep: int, unit: int) -> None:
         total = self._accumulator(sweep, reduction)
@@ -227,13 +235,19 @@ class TensorWork:
         mine = Accumulator(counts, total.blocks)
         # Not every reduction has a way to count stored bits.
         stored = getattr(reduction, "stored", no_stored)(self.job, self.state) if self._all_bf16 else None
-        blocks, last = self.sweep_units[unit], not self._resident
-        if stored is None or not self._run_stored(stored, blocks, mine.counts, last=last):
-            for tile in self._tiles(blocks, last=last):
-                reduction.update(self.job, self.state, mine, tile)
+        for blocks in self._looked_at(reduction, self.sweep_units[unit]):
+            if stored is None or not self._run_stored(stored, blocks, mine.counts, last=not self._resident):
+                for tile in self._tiles(blocks, last=not self._resident):
+                    reduction.update(self.job, self.state, mine, tile)
         if counts is not None and counts is not total.counts:
             with self._lock:
                 total.counts += counts
+
+    def _looked_at(self, reduction: Reduction, blocks: tuple[int, int]) -> list[tuple[int, int]]:
+        """The parts of a unit that a sweep is given: all of it, or a few blocks if they are read for a sample alone."""
+        if self._resident or not getattr(reduction, "sampled", False):
+            return [blocks]
+        return [(first, first + 1) for first in range(*blocks, SAMPLED_BLOCKS)]
 
     def combine(self, sweep: int, *_after: object) -> None:
         """Turn what a sweep collected into new entries of the state."""

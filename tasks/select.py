@@ -175,6 +175,7 @@ class Coarse:
 
     moments: bool = False
     after: After = nothing_after
+    reads: float = 1.0
     name: str = "coarse histogram"
 
     def needed(self, job: Job, state: State) -> bool:
@@ -220,12 +221,15 @@ class Refine:
         1 for the sweep after the coarse one.
     after : callable
         Called with the state after the last level.
+    reads : float
+        As for :func:`mergepipe.tasks.method.expected_reads`.
     """
 
     stage: str
     ranks: int
     level: int
     after: After = nothing_after
+    reads: float = 1.0
 
     @property
     def name(self) -> str:
@@ -252,6 +256,12 @@ class Refine:
                 if found[k, r] >= 0:
                     count_fine(tile.values[k], int(found[k, r]), self.level, accumulator.counts[k, r])
 
+    def stored(self, job: Job, state: State) -> StoredKernel:
+        """Count from the stored bits; the one level there is for float32."""
+        found = state[f"_{self.stage}_found"]
+        lows, shifts = np.where(found < 0, -1, found << 16), np.zeros_like(found)
+        return lambda rows, counts: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, counts)
+
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The selection one level on; after the last level also what `after` makes of it."""
         found, ranks = state[f"_{self.stage}_found"], state[f"_{self.stage}_rank"]
@@ -260,6 +270,6 @@ class Refine:
         return new | self.after(job, state | new) if last else new
 
 
-def refinements(job: Job, stage: str, ranks: int, after: After) -> tuple[Refine, ...]:
+def refinements(job: Job, stage: str, ranks: int, after: After, reads: float = 1.0) -> tuple[Refine, ...]:
     """The sweeps that take a selection from the coarse histogram to exact values."""
-    return tuple(Refine(stage, ranks, level, after) for level in range(1, levels(job.work)))
+    return tuple(Refine(stage, ranks, level, after, reads) for level in range(1, levels(job.work)))

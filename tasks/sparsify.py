@@ -15,7 +15,8 @@ import numpy as np
 from mergepipe.tasks import whole_trim
 from mergepipe.tasks.breadcrumbs import BREADCRUMBS
 from mergepipe.tasks.della import DELLA
-from mergepipe.tasks.method import Job, Paper, Parameter, Reduction, Round, Sparsifier, State, no_reductions
+from mergepipe.tasks.guess import guesses
+from mergepipe.tasks.method import Array, Job, Paper, Parameter, Reduction, Round, Sparsifier, State, no_reductions
 from mergepipe.tasks.random_drop import RANDOM
 from mergepipe.tasks.select import Coarse
 from mergepipe.tasks.tadrop import TADROP
@@ -24,6 +25,7 @@ from mergepipe.tasks.thinning import (
     KEEP_ALL,
     TIE_RULE,
     apply_cut,
+    finish_thresholds,
     restored_norms,
     start_thresholds,
     threshold_reductions,
@@ -51,10 +53,17 @@ def kept_count(density: float, n: int) -> int:
     return 0 if density <= 0 else n if density >= 1 else max(1, int(density * n))
 
 
-def _start(job: Job, state: State) -> State:
+def _wanted(job: Job) -> Array:
     kept = np.array([kept_count(params["density"], job.size) for params in job.sparsify_params])
-    wanted = np.select([kept == job.size, kept == 0], [KEEP_ALL, DROP_ALL], job.size - kept)
-    return start_thresholds(job, state, wanted)
+    return np.select([kept == job.size, kept == 0], [KEEP_ALL, DROP_ALL], job.size - kept)
+
+
+def _start(job: Job, state: State) -> State:
+    return start_thresholds(job, state, _wanted(job))
+
+
+def _guessed(job: Job, state: State, selection: State) -> State:
+    return finish_thresholds(job, state, _wanted(job), selection)
 
 
 def _reductions(job: Job) -> tuple[Reduction, ...]:
@@ -62,7 +71,12 @@ def _reductions(job: Job) -> tuple[Reduction, ...]:
         return ()
     if job.scope == "model":
         return whole_trim.reductions(job)
-    return (Coarse(any(restored_norms(job)), _start), *threshold_reductions(job))
+    if any(restored_norms(job)):
+        return (Coarse(True, _start), *threshold_reductions(job))
+    guess = guesses(job, _wanted, _guessed)
+    # The sure way is there, but hardly ever taken, where a guess comes first.
+    reads = 0.0 if guess else 1.0
+    return (*guess, Coarse(False, _start, reads), *threshold_reductions(job, reads))
 
 
 def _rounds(jobs: Sequence[Job]) -> tuple[Round, ...]:

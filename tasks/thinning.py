@@ -65,6 +65,13 @@ def start_thresholds(
     return new | settle(job, state | new) if (wanted < 0).all() else new
 
 
+def finish_thresholds(job: Job, state: State, wanted: Array, selection: State) -> State:
+    """The thresholds, where a finished selection is at hand: its `found`, `rank` and `equal`, each (models, 1)."""
+    new: State = {"_wanted": wanted, "_factors": np.ones(job.models)}
+    new |= {f"_{STAGE}_{name}": value for name, value in selection.items()}
+    return new | settle(job, state | new)
+
+
 def settle(job: Job, state: State) -> State:
     """Thresholds and realised densities of a finished selection, and how many equals stay where that matters."""
     wanted, limits = state["_wanted"], state.get("_limits", np.full(job.models, -1))
@@ -80,9 +87,9 @@ def settle(job: Job, state: State) -> State:
     }
 
 
-def threshold_reductions(job: Job) -> tuple[Reduction, ...]:
-    """The sweeps from :func:`start_thresholds` on."""
-    return (*refinements(job, STAGE, 1, settle), Ties(), Rescale())
+def threshold_reductions(job: Job, reads: float = 1.0) -> tuple[Reduction, ...]:
+    """The sweeps from :func:`start_thresholds` on; `reads` as of :func:`mergepipe.tasks.select.refinements`."""
+    return (*refinements(job, STAGE, 1, settle, reads), Ties(), Rescale())
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 import mergepipe
 from mergepipe.pipeline.run import ReaderKind
+from mergepipe.tasks import guess
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 
 SHAPES = {
@@ -183,3 +184,20 @@ def turn_rows(saved: Path) -> None:
     arrays = manifest["arrays"]
     arrays["layers.1.norm.weight"]["offsets"] = arrays["embed.weight"]["offsets"][:1]
     saved.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk_size": "256KiB"}, {"reader": "direct", "memory": "288MiB"}])
+def test_a_guess_does_not_show(how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds of bfloat16 tensors large enough to be guessed: held, cut small, or read anew for each sweep."""
+    torch.manual_seed(0)
+    base = {"w": torch.randn(1536, 1024) * 0.02}
+    paths = [tmp_path / name for name in ("base", "one", "two")]
+    for number, path in enumerate(paths):
+        path.mkdir()
+        noise = torch.randn(1536, 1024) * (0.001 * number)
+        save_file({"w": (base["w"] + noise).bfloat16()}, path / "model.safetensors", {"format": "pt"})
+    recipe = recipe_for("ties", paths)
+    found = merge(recipe, tmp_path / "guessed", **how)
+    assert not (tmp_path / "guessed" / "work" / "statistics" / "histogram").exists(), "the guess was right"
+    monkeypatch.setattr(guess, "SMALLEST", 1 << 40)
+    assert found == merge(recipe, tmp_path / "sure")

@@ -53,16 +53,47 @@ def test_counting(size: int, models: int, seed: int) -> None:
     keys = deltas(base, rows)[1].view(np.int32) & 0x7FFFFFFF
     top = np.ones((models, select.TOP_BINS), np.int64)
     assert fused.count_top(base, rows, top)
-    prefixes = np.full((models, 2), -1)
+    lows, shifts = np.full((models, 2), -1), np.zeros((models, 2), np.int64)
     for k in range(models):
         np.testing.assert_array_equal(top[k] - 1, np.bincount(keys[k] >> 16, minlength=select.TOP_BINS))
-        prefixes[k, k % 2] = keys[k, size // 2] >> 16
+        lows[k, k % 2] = keys[k, size // 2] >> 16 << 16
     fine = np.zeros((models, 2, select.FINE_BINS), np.int64)
-    assert fused.count_fine(base, rows, prefixes, fine)
+    assert fused.count_near(base, rows, lows, shifts, fine)
     for k in range(models):
-        wanted = keys[k][keys[k] >> 16 == prefixes[k, k % 2]] & 0xFFFF
+        wanted = keys[k][keys[k] >> 16 << 16 == lows[k, k % 2]] & 0xFFFF
         np.testing.assert_array_equal(fine[k, k % 2], np.bincount(wanted, minlength=select.FINE_BINS))
         assert not fine[k, 1 - k % 2].any()
+
+
+@given(SIZES, MODELS, st.integers(0, 1000), st.integers(0, 4))
+def test_windows(size: int, models: int, seed: int, shift: int) -> None:
+    base, rows = drawn(size, models, seed)
+    keys = deltas(base, rows)[1].view(np.int32) & 0x7FFFFFFF
+    lows = np.array([[int(keys[k, size // 2]) >> 16 << 16] for k in range(models)])
+    found = np.zeros((models, 1, select.FINE_BINS + 1), np.int64)
+    assert fused.count_near(base, rows, lows, np.full((models, 1), shift), found)
+    for k in range(models):
+        places = keys[k].astype(np.int64) - lows[k, 0]
+        inside = places[(places >= 0) & (places < select.FINE_BINS << shift)]
+        assert found[k, 0, -1] == (places < 0).sum()
+        counts, odd = found[k, 0, :-1] % fused.ODD, found[k, 0, :-1] // fused.ODD
+        np.testing.assert_array_equal(counts, np.bincount(inside >> shift, minlength=select.FINE_BINS))
+        expected = np.bincount(inside >> shift, inside % (1 << shift) != 0, minlength=select.FINE_BINS) > 0
+        np.testing.assert_array_equal(odd, expected)
+
+
+def test_a_sample_is_of_every_column() -> None:
+    """Of rows as wide as a strip, whatever lies at the same place of each."""
+    base, rows = drawn(64 * fused.STRIP, 1, 0)
+    taken = np.zeros(fused.STRIP, bool)
+    for column in range(0, fused.STRIP, fused.PIECE):
+        marked = rows[0].reshape(-1, fused.STRIP).copy()
+        marked[:, column : column + fused.PIECE] = as_bits(1e30)
+        counts = np.zeros((1, select.TOP_BINS), np.int64)
+        assert fused.sample_top(base, (marked.ravel(),), counts)
+        assert counts.sum() == base.size // 8
+        taken[column : column + fused.PIECE] = counts[0, (np.float32(1e30).view(np.int32) >> 16) - 2 :].sum() > 0
+    assert taken.all()
 
 
 @given(SIZES, MODELS, st.integers(0, 1000), st.booleans())
@@ -107,7 +138,8 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
     out, strips = np.empty(3001, np.uint16), fused.strips(2)
     weights, zeros, ones = (0.0, 0.0), (0.0, 0.0), (1.0, 1.0)
     assert not fused.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
-    assert not fused.count_fine(base, rows, np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64))
+    zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
+    assert not fused.count_near(base, rows, zero, zero, counts)
     assert not fused.agree(base, rows, strips, weights, zeros, ones, True, 1.0, out)
     assert not fused.add(base, rows, strips, weights, zeros, ones, 1.0, 1.0, out)
     assert fused.weigh(rows, strips, weights, 1.0, out) == (model < 0)

@@ -1,0 +1,176 @@
+"""An exact threshold in little more than one sweep: a sample says about where it lies, one sweep counts what is there.
+
+The sweeps of :mod:`mergepipe.tasks.select` need no luck, but take two looks at everything. Here the histogram of a
+sample (:class:`Sample`) gives each model a window that should hold the wanted rank; the next sweep (:class:`Near`)
+counts how many magnitudes lie below the window, and inside it one by one. If the rank lies inside, the threshold is
+found, and it is the exact one; else nothing is believed and the sure way follows. A wrong guess costs time, no bit.
+
+A window wider than 65,536 patterns has several of them on one counter. Differences of bfloat16 numbers have few
+significant bits, so all but the first pattern of a counter stay empty there; a counter that has seen another one says
+so, and is not believed either. That is why a guess is made only where all inputs are stored as bfloat16
+(:attr:`mergepipe.tasks.method.Job.halves`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergepipe.tasks import fused
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredKernel, Tile
+from mergepipe.tasks.select import FINE_BINS, TOP_BINS, count_top, order_keys
+
+SMALLEST = 1 << 20
+"""Elements from which on a guess is made: smaller tensors have too small a sample, and cost little."""
+
+WIDEST = 8
+"""A window covers at most two to this power bins of 16 bits: the more it covers, the more patterns share a counter.
+Where the sample asks for more, no guess is made."""
+
+DEVIATIONS = 6
+"""Half the width of a window, in standard deviations of the rank of a quantile of the sample; plus this share of it,
+for rows and columns that are unlike each other:"""
+SPREAD = 1 / 512
+
+_LOW, _SHIFT = "_near_low", "_near_shift"
+
+Ranks = Callable[[Job], Array]
+"""Of each model the wanted rank: 0-based, ascending by magnitude, negative where none is wanted; int64, (models,)."""
+
+Found = Callable[[Job, State, State], State]
+"""What becomes of the state, given what was found: entries as of a finished selection (:mod:`~mergepipe.tasks.select`)
+without the stage's name."""
+
+
+def guesses(job: Job, ranks: Ranks, found: Found) -> tuple[Reduction, ...]:
+    """The two sweeps of a guess; none where it is not worth while."""
+    if not job.halves or job.work != np.float32 or job.size < SMALLEST:
+        return ()
+    return Sample(ranks), Near(ranks, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Histogram of a sample; leaves the windows: ``_near_low`` and ``_near_shift``, int64, (models, 1).
+
+    Which elements are taken depends on how the tensor is cut. The threshold does not.
+    """
+
+    ranks: Ranks
+    name: str = "sample"
+    reads: float = 1 / 16
+    sampled: bool = True
+
+    def needed(self, job: Job, state: State) -> bool:
+        """Unless the thresholds are known."""
+        return "thresholds" not in state
+
+    def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """A histogram per model."""
+        return (job.models, TOP_BINS), None
+
+    def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
+        """Count one tile."""
+        assert accumulator.counts is not None
+        for k in range(job.models):
+            count_top(tile.values[k], accumulator.counts[k])
+
+    def stored(self, job: Job, state: State) -> StoredKernel:
+        """Count a part of the stored bits."""
+        return lambda rows, counts: fused.sample_top(rows[0], tuple(rows[1:]), counts)
+
+    def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
+        """The windows, if all models get one."""
+        assert accumulator.counts is not None
+        windows = [
+            _window(counts, int(rank), job.size) if rank >= 0 else (-1, 0)
+            for counts, rank in zip(accumulator.counts, self.ranks(job), strict=True)
+        ]
+        if any(window is None for window in windows):
+            return {}
+        lows, shifts = zip(*(window for window in windows if window is not None), strict=True)
+        return {_LOW: np.array(lows)[:, None], _SHIFT: np.array(shifts)[:, None]}
+
+
+def _window(counts: Array, rank: int, size: int) -> tuple[int, int] | None:
+    """Smallest key and shift of a window that should hold a rank; None if the sample does not say."""
+    taken = int(counts.sum())
+    if taken == 0:
+        return None
+    share = rank / size
+    half = DEVIATIONS * math.sqrt(max(1.0, share * (1 - share) * taken)) + SPREAD * taken
+    ends = np.cumsum(counts)
+    around = np.clip([share * taken - half, share * taken + half], 0, taken - 1)
+    first, last = (int(place) for place in np.searchsorted(ends, around, side="right"))
+    shift = (last - first).bit_length()
+    return (first << 16, shift) if shift <= WIDEST else None
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """Counts what lies in the windows, and how much lies below."""
+
+    ranks: Ranks
+    found: Found
+    name: str = "counts near the threshold"
+
+    def needed(self, job: Job, state: State) -> bool:
+        """Where there are windows to look into."""
+        return _LOW in state and "thresholds" not in state
+
+    def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """For each model the counters of its window, and one for what lies below."""
+        return (job.models, 1, FINE_BINS + 1), None
+
+    def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
+        """Count one tile."""
+        assert accumulator.counts is not None
+        for k, (low, shift) in enumerate(zip(state[_LOW][:, 0], state[_SHIFT][:, 0], strict=True)):
+            if low >= 0:
+                _count(tile.values[k], int(low), int(shift), accumulator.counts[k, 0])
+
+    def stored(self, job: Job, state: State) -> StoredKernel:
+        """Count from the stored bits."""
+        lows, shifts = state[_LOW], state[_SHIFT]
+        return lambda rows, counts: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, counts)
+
+    def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
+        """What `found` makes of the exact ranks, or nothing if one was missed."""
+        assert accumulator.counts is not None
+        wanted = self.ranks(job)
+        selection = {name: np.full((job.models, 1), fill) for name, fill in (("found", -1), ("rank", 0), ("equal", 0))}
+        for k in np.flatnonzero(wanted >= 0):
+            hit = _locate(accumulator.counts[k, 0], int(wanted[k]))
+            if hit is None:
+                return {}
+            place, selection["rank"][k, 0], selection["equal"][k, 0] = hit
+            selection["found"][k, 0] = int(state[_LOW][k, 0]) + (place << int(state[_SHIFT][k, 0]))
+        return self.found(job, state, selection)
+
+
+def _count(values: Array, low: int, shift: int, counts: Array) -> None:
+    keys = (order_keys(values) & 0x7FFFFFFF).astype(np.int64) - low
+    counts[FINE_BINS] += int((keys < 0).sum())
+    inside = keys[(keys >= 0) & (keys < FINE_BINS << shift)]
+    counts[:FINE_BINS] += np.bincount(inside >> shift, minlength=FINE_BINS)
+    odd = np.unique(inside[inside & ((1 << shift) - 1) != 0] >> shift)
+    counts[odd[counts[odd] < fused.ODD]] += fused.ODD
+
+
+def _locate(counts: Array, rank: int) -> tuple[int, int, int] | None:
+    """Counter that holds an element of 0-based ascending `rank`, the rank among its equals and their number.
+
+    None if the rank lies outside the window, or the elements of its counter are not all equal.
+    """
+    inside = counts[:FINE_BINS] & (fused.ODD - 1)
+    ends = np.cumsum(inside) + counts[FINE_BINS]
+    if not int(counts[FINE_BINS]) <= rank < int(ends[-1]):
+        return None
+    place = int(np.searchsorted(ends, rank, side="right"))
+    if counts[place] >= fused.ODD:
+        return None
+    size = int(inside[place])
+    return place, rank - (int(ends[place]) - size), size

@@ -1,0 +1,145 @@
+"""A guess is never believed unless it is right, and is right where the sample says enough."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mergepipe.tasks import convert, fused, guess
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, expected_reads
+from mergepipe.tasks.sparsify import MAGNITUDE
+from support.drive import make_job
+
+SIZE = 1 << 20
+U16 = npt.NDArray[np.uint16]
+
+
+def bits(values: Array) -> U16:
+    out = np.empty(values.size, np.uint16)
+    convert.encode(values.astype(np.float32), "BF16", out)
+    return out
+
+
+def fine_tunes(size: int = SIZE, models: int = 2) -> list[U16]:
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal(size, np.float32) * np.float32(0.02)
+    return [bits(base), *(bits(base + rng.standard_normal(size, np.float32) / 1000) for _ in range(models))]
+
+
+def job_of(size: int, densities: list[float], tie_rule: str = "keep") -> Job:
+    each = [{"weight": 1.0, "density": density, "tie_rule": tie_rule} for density in densities]
+    return replace(make_job("ties", (size,), np.float32, each)[1], halves=True)
+
+
+def deltas(streams: list[U16]) -> Array:
+    below, values = np.empty(streams[0].size, np.float32), np.empty((len(streams) - 1, streams[0].size), np.float32)
+    convert.decode(streams[0], "BF16", below)
+    for row, out in zip(streams[1:], values, strict=True):
+        convert.decode_delta(row, "BF16", below, out)
+    return values
+
+
+def run(job: Job, streams: list[U16], cuts: list[int], stored: bool = True) -> tuple[State, list[str]]:
+    """All sweeps of the trim, over units of whole blocks; the state, and which sweeps were made."""
+    state: State = {}
+    made: list[str] = []
+    for sweep in MAGNITUDE.reductions(job):
+        if not sweep.needed(job, state):
+            continue
+        made.append(sweep.name)
+        counts, row = sweep.shapes(job)
+        total = Accumulator(
+            None if counts is None else np.zeros(counts, np.int64),
+            None if row is None else np.zeros((job.blocks, *row)),
+        )
+        for start, stop in pairwise([0, *cuts, job.size]):
+            one(sweep, job, state, [stream[start:stop] for stream in streams], start, total, stored)
+        state |= sweep.combine(job, state, total)
+    return state, made
+
+
+def one(
+    sweep: Reduction, job: Job, state: State, streams: list[U16], start: int, total: Accumulator, stored: bool
+) -> None:
+    body = getattr(sweep, "stored", None)
+    if stored and body is not None and total.counts is not None:
+        mine = np.zeros_like(total.counts)
+        assert body(job, state)(streams, mine)
+        total.counts += mine
+        return
+    values = deltas(streams)
+    for at in range(0, values.shape[1], 65536):
+        piece = np.ascontiguousarray(values[:, at : at + 65536])
+        sweep.update(job, state, total, Tile((start + at) // 65536, start + at, None, piece, piece[:0]))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("densities", [[0.2, 0.5], [0.01, 1.0], [0.99, 0.0]])
+def test_a_guess_finds_the_exact_threshold(densities: list[float], stored: bool) -> None:
+    streams, job = fine_tunes(), job_of(SIZE, densities)
+    state, made = run(job, streams, [65536, 4 * 65536], stored)
+    assert made == ["sample", "counts near the threshold"], "the sure way was not needed"
+    sure, _ = run(replace(job, halves=False), streams, [])
+    for name in ("thresholds", "densities", "_stay", "_factors"):
+        np.testing.assert_array_equal(state[name], sure[name])
+    ordered = np.sort(np.abs(deltas(streams)), axis=1)
+    for k, density in enumerate(densities):
+        if 0 < density < 1:
+            assert state["thresholds"][k] == ordered[k, SIZE - int(density * SIZE)]
+
+
+def test_ties_are_counted_as_on_the_sure_way() -> None:
+    streams, job = fine_tunes(), job_of(SIZE, [0.2, 0.3], "index")
+    state, made = run(job, streams, [65536])
+    assert made == ["sample", "counts near the threshold", "ties"]
+    sure, _ = run(replace(job, halves=False), streams, [])
+    np.testing.assert_array_equal(state["_ties_before"], sure["_ties_before"])
+    np.testing.assert_array_equal(state["densities"], sure["densities"])
+
+
+def test_a_sample_that_misleads_costs_time_only() -> None:
+    """Strips whose sampled piece is much larger than the rest."""
+    streams, job = fine_tunes(), job_of(SIZE, [0.2, 0.2])
+    taken = np.zeros((1, 32768), np.int64)
+    rows = [row.copy() for row in streams[1:]]
+    for strip in range(SIZE // fused.STRIP):
+        place = strip * fused.STRIP + ((strip * 0x9E3779B1 & 0xFFFFFFFF) >> 29) * fused.PIECE
+        for row in rows:
+            row[place : place + fused.PIECE] = bits(np.linspace(1, 2, fused.PIECE))
+    assert fused.sample_top(streams[0], (rows[0],), taken)
+    assert taken[0, :0x3F00].sum() == 0, "the sample sees the large ones only"
+    state, made = run(job, [streams[0], *rows], [65536])
+    assert made[-2:] == ["coarse histogram", "fine histogram 1 (threshold)"]
+    sure, _ = run(replace(job, halves=False), [streams[0], *rows], [])
+    np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
+
+
+def test_a_counter_of_several_patterns_is_not_believed() -> None:
+    """A wide window over numbers of many significant bits."""
+    rng = np.random.default_rng(1)
+    base = bits(rng.standard_normal(SIZE) * np.float32(1e-5))
+    other = bits(np.where(rng.random(SIZE) < 0.5, 1.0, 1.5))
+    job = job_of(SIZE, [0.5])
+    state, made = run(job, [base, other], [])
+    sure, _ = run(replace(job, halves=False), [base, other], [])
+    np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
+    assert made[0] == "sample"
+    window = {"_near_low": np.array([[0x3F800000]]), "_near_shift": np.array([[4]])}
+    near = guess.Near(lambda job: np.array([SIZE // 3]), lambda job, state, found: {"hit": np.ones(1)})
+    counts = np.zeros((1, 1, 65537), np.int64)
+    values = np.abs(deltas([base, other]))
+    near.update(job, window, Accumulator(counts), Tile(0, 0, None, values, np.empty((0, 0))))
+    assert counts[..., -1] <= SIZE // 3 < counts[..., -1] + (counts[..., :-1] % fused.ODD).sum(), "it lies inside"
+    assert near.combine(job, window, Accumulator(counts)) == {}
+
+
+@pytest.mark.parametrize("change", [{"halves": False}, {"work": np.dtype(np.float64)}, {"shape": (1000, 1000)}])
+def test_no_guess_where_it_would_not_pay(change: dict[str, object]) -> None:
+    job = replace(job_of(SIZE, [0.2]), **change)  # type: ignore[arg-type]
+    names = [sweep.name for sweep in MAGNITUDE.reductions(job)]
+    assert names[0] == "coarse histogram"
+    assert expected_reads(MAGNITUDE.reductions(job)) > expected_reads(MAGNITUDE.reductions(job_of(SIZE, [0.2])))
