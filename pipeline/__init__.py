@@ -5,7 +5,9 @@ What it covers
 :mod:`~mergepipe.pipeline.document` reads YAML that nobody vouches for into plain values, within limits.
 :mod:`~mergepipe.pipeline.recipe` holds a recipe, typed and checked, and says what it asks for each tensor; the checks
 themselves are in :mod:`~mergepipe.pipeline.parsing`, the values that vary over layers or tensor names in
-:mod:`~mergepipe.pipeline.values`. :mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers.
+:mod:`~mergepipe.pipeline.values`. A recipe of slices or modules falls into :mod:`~mergepipe.pipeline.parts`, each a
+plain recipe over views of its models (:mod:`~mergepipe.pipeline.stacking`); layers and towers are told by their names
+(:mod:`~mergepipe.pipeline.towers`). :mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers.
 From there the plan, its memory, its graphs and the run follow.
 
 Everything up to the plan is a function of the recipe and of headers: no byte of a tensor is read before `run`, and

@@ -5,29 +5,29 @@ model has to have each of them, in the same shape and of the same kind, and no o
 names the tensor, the models and the remedy, all of them at once. There are four exceptions, each noted: a tensor that a
 rule passes through, heads where the recipe says `heads`, the stored twin of a tied embedding, and buffers that models
 compute for themselves. Nothing else is left out.
+
+A recipe of slices or modules is lined up part by part, each from views of its models that fit each other like whole
+models (:mod:`mergepipe.pipeline.stacking`); then it is made sure that the slices fit each other, too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergepipe.errors import CheckpointError, TensorMismatchError
+from mergepipe.pipeline.heads import head_of, is_lm_head, ties
 from mergepipe.pipeline.recipe import ModelSpec, Recipe
+from mergepipe.pipeline.stacked import Stack
+from mergepipe.pipeline.stacking import View, views_of
 from mergepipe.storage.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from mergepipe.storage.checkpoint import Checkpoint, TensorEntry
 
 MAX_PROBLEMS = 20
-
-HEADS = frozenset(
-    {"classifier", "score", "head", "heads", "lm_head", "qa_outputs", "classification_head", "pre_classifier", "cls"}
-    | {"cls_classifier", "distillation_classifier", "embed_out"}
-)
-"""Parts of a dotted name that make a tensor a head, where no number of a layer stands before them."""
 
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
 _CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
@@ -55,6 +55,10 @@ class AlignedTensor:
         For a merge, the checkpoint of each model of `Recipe.experts_for(name)`, in that order; empty for a copy.
     base : int or None
         For a merge, the checkpoint of the base if the tensor's method takes one.
+    part : int
+        Position in `Alignment.views` of the part that it belongs to.
+    names : dict of int to str
+        What it is called in a checkpoint that calls it otherwise, by position.
     """
 
     name: str
@@ -64,6 +68,12 @@ class AlignedTensor:
     source: int
     models: tuple[int, ...] = ()
     base: int | None = None
+    part: int = 0
+    names: dict[int, str] = field(default_factory=dict)
+
+    def name_in(self, number: int) -> str:
+        """What it is called in the checkpoint at a position."""
+        return self.names.get(number, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +90,18 @@ class Alignment:
         What was left out or copied without being asked for, and why.
     left_out : int
         Names of tensors that are neither in the output nor in a side file.
+    views : tuple of View
+        The parts of the recipe and what each sees.
+    config : dict
+        What changes in the first source's configuration: new values, in mappings as deep as theirs.
     """
 
     tensors: tuple[AlignedTensor, ...]
     side: dict[int, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     left_out: int = 0
+    views: tuple[View, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def merged(self) -> int:
@@ -115,54 +131,119 @@ def align(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Alignment:
     CheckpointError
         If a checkpoint is quantised.
     """
+    if len(checkpoints) != len(recipe.sources):
+        raise ValueError(f"expected {len(recipe.sources)} checkpoints, one per source, found {len(checkpoints)}")
     _refuse_quantised(recipe, checkpoints)
-    return _Aligner(recipe, checkpoints).align()
+    return _Whole(recipe, checkpoints).align()
 
 
-def head_of(tensor_name: str) -> str | None:
-    """The head a tensor belongs to: its name up to the part that says so; None if it belongs to none.
+class _Whole:
+    """Puts the parts of a recipe together."""
 
-    Examples
-    --------
-    >>> head_of("classifier.out_proj.weight"), head_of("model.layers.0.head.weight"), head_of("model.norm.weight")
-    ('classifier', None, None)
-    """
-    parts = tensor_name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdigit():
-            return None
-        if part in HEADS:
-            return ".".join(parts[: index + 1])
-    return None
+    def __init__(self, recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
+        self.recipe = recipe
+        self.checkpoints = checkpoints
+        self.found = views_of(recipe, checkpoints)
+        self.aligners = [_Aligner(view) for view in self.found.views]
+        self.problems = dict(self.found.problems)
+        self.notes = list(self.found.notes)
+
+    def align(self) -> Alignment:
+        """All parts in one; raises what is wrong with any."""
+        noted: dict[str, list[str]] = {}
+        for aligner in self.aligners:
+            aligner.align()
+            for reason, names in aligner.noted.items():
+                noted.setdefault(reason, []).extend(names)
+        left_out = {name for names in noted.values() for name in names}
+        config = self._check_stacks(left_out)
+        self._raise()
+        self.notes += [f"{reason}: {_some(names, 2)}" for reason, names in noted.items()]
+        tensors = tuple(
+            self._placed(number, tensor) for number, each in enumerate(self.aligners) for tensor in each.tensors
+        )
+        side = {self._place(each, i): tuple(names) for each in self.aligners for i, names in each.side.items()}
+        count = sum(each.left_out for each in self.aligners)
+        views = tuple(self.found.views)
+        return Alignment(tensors, dict(sorted(side.items())), tuple(self.notes), count, views, config)
+
+    def _check_stacks(self, left_out: set[str]) -> dict[str, Any]:
+        """Have the slices of each tower fit the first source; what changes in its configuration."""
+        path, first = self.recipe.sources[0], self.checkpoints[0]
+        configs = {path: found.config for path, found in zip(self.recipe.sources, self.checkpoints, strict=True)}
+        config: dict[str, Any] = {}
+        sliced = [number for number, view in enumerate(self.found.views) if view.part.sliced]
+        for module in dict.fromkeys(self.found.views[number].part.module for number in sliced):
+            mine = [number for number in sliced if self.found.views[number].part.module == module]
+            stack = Stack([self.found.views[number] for number in mine], path, first)
+            made = {tensor.name: tensor.shape for number in mine for tensor in self.aligners[number].tensors}
+            expected = {
+                name: entry.shape
+                for name, entry in first.tensors.items()
+                if self.found.towers[name] == module and not _is_made_anew(name, entry, first)
+            }
+            if not any(self.aligners[number].problems for number in mine) and not self.found.problems:
+                self.problems |= stack.problems(made, expected, left_out)
+            changes, notes = stack.changes(configs)
+            _join(config, changes)
+            self.notes += notes
+        return config
+
+    def _place(self, aligner: _Aligner, index: int) -> int:
+        """Position among all sources of a part's source."""
+        return self.recipe.sources.index(aligner.recipe.sources[index])
+
+    def _placed(self, number: int, tensor: AlignedTensor) -> AlignedTensor:
+        """A tensor of a part as one of the whole."""
+        aligner = self.aligners[number]
+        models = tuple(self._place(aligner, index) for index in tensor.models)
+        base = None if tensor.base is None else self._place(aligner, tensor.base)
+        names = {
+            self._place(aligner, index): view.tensors[tensor.name].name
+            for index, view in enumerate(aligner.checkpoints)
+            if tensor.name in view.tensors and view.tensors[tensor.name].name != tensor.name
+        }
+        source = self._place(aligner, tensor.source)
+        return replace(tensor, source=source, models=models, base=base, part=number, names=names)
+
+    def _raise(self) -> None:
+        problems = dict(self.problems)
+        for aligner in self.aligners:
+            problems |= aligner.problems
+        if not problems:
+            return
+        shown = [f"  {text}" for text in list(problems)[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            shown.append(f"  and {len(problems) - MAX_PROBLEMS} more")
+        remedies = dict.fromkeys(problems.values()) | {r: None for each in self.aligners for r in each.remedies}
+        lines = ["the models do not fit together:", *shown, *(f"Remedy: {remedy}." for remedy in remedies)]
+        refused = any(each.refused for each in self.aligners)
+        raise (CheckpointError if refused else TensorMismatchError)("\n".join(lines))
 
 
 class _Aligner:
-    """Goes through all names once and collects tensors, notes and problems."""
+    """Goes through all names of one part once and collects tensors, notes and problems."""
 
-    def __init__(self, recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
-        if len(checkpoints) != len(recipe.sources):
-            raise ValueError(f"expected {len(recipe.sources)} checkpoints, one per source, found {len(checkpoints)}")
-        self.recipe = recipe
-        self.checkpoints = checkpoints
+    def __init__(self, view: View) -> None:
+        self.recipe = view.part.recipe
+        self.where = f"{view.part.path}: " if view.part.sliced else ""
+        self.checkpoints = view.checkpoints
         self.tensors: list[AlignedTensor] = []
         self.side: dict[int, list[str]] = {}
         self.noted: dict[str, list[str]] = {}
         self.left_out = 0
-        self.problems: list[str] = []
+        self.problems: dict[str, str] = {}
         self.remedies: dict[str, None] = {}
         self.refused = False
         self.strangers = self._strangers()
-        self.everyone = [i for i in range(len(checkpoints)) if i not in self.strangers]
-        self.names = list(dict.fromkeys(name for i in self.everyone for name in checkpoints[i].tensors))
-        self.own_heads = set() if recipe.heads is None else self._heads_that_differ()
+        self.everyone = [i for i in range(len(self.checkpoints)) if i not in self.strangers]
+        self.names = list(dict.fromkeys(name for i in self.everyone for name in self.checkpoints[i].tensors))
+        self.own_heads = set() if self.recipe.heads is None else self._heads_that_differ()
 
-    def align(self) -> Alignment:
+    def align(self) -> None:
+        """Fill `tensors`, `side`, `noted`, `left_out`, `problems` and `remedies`."""
         for name in self.names:
             self._place(name)
-        self._raise()
-        notes = tuple(f"{reason}: {_some(names, 2)}" for reason, names in self.noted.items())
-        side = {index: tuple(names) for index, names in sorted(self.side.items())}
-        return Alignment(tuple(self.tensors), side, notes, self.left_out)
 
     def _place(self, name: str) -> None:
         """Decide about one name."""
@@ -222,7 +303,11 @@ class _Aligner:
     def _head(self, name: str, owners: Mapping[int, TensorEntry]) -> None:
         """A tensor of a head that differs between models, as `heads` says."""
         heads = self.recipe.heads or "base"
-        source = 0 if heads in ("base", "separate") else self.recipe.sources.index(heads.removeprefix("model:"))
+        lender = self.recipe.sources[0] if heads in ("base", "separate") else heads.removeprefix("model:")
+        if lender not in self.recipe.sources:
+            self._problem(f"'{name}' is to be that of '{lender}', which is not merged there", "mend `heads`")
+            return
+        source = self.recipe.sources.index(lender)
         if source in owners:
             self._copy(name, source, owners)
             self._note(name, f"heads differ, taken from {self._path(source)}")
@@ -248,7 +333,7 @@ class _Aligner:
 
     def _is_scaled(self, name: str) -> bool:
         rule = self.recipe.rule_for(name)
-        scopes = [self.recipe.parameters, *(spec.parameters for spec in self.recipe.experts_for(name))]
+        scopes = [*self.recipe.shared, *(spec.parameters for spec in self.recipe.experts_for(name))]
         scopes += [] if rule is None else [rule.parameters]
         return any(scope.get("scale") is not None for scope in scopes)
 
@@ -268,9 +353,9 @@ class _Aligner:
 
     def _is_tied_twin(self, name: str, owners: Mapping[int, TensorEntry]) -> bool:
         """Whether this is a `lm_head.weight` that only some store, and that is the embedding under another name."""
-        if not (name == "lm_head.weight" or name.endswith(".lm_head.weight")):
+        if not is_lm_head(name):
             return False
-        tied = {index: _ties(self.checkpoints[index].config) for index in {0, *owners}}
+        tied = {index: ties(self.checkpoints[index].config) for index in {0, *owners}}
         if any(tied[index] is False for index in owners) or tied[0] is False:
             return False
         return tied[0] is True or (0 not in owners and all(tied[index] for index in owners))
@@ -326,8 +411,7 @@ class _Aligner:
         return self._problem(text, remedy)
 
     def _problem(self, text: str, remedy: str) -> Literal[False]:
-        if not self.problems or self.problems[-1] != text:
-            self.problems.append(text)
+        self.problems.setdefault(self.where + text, remedy)
         self.remedies.setdefault(remedy)
         return False
 
@@ -345,15 +429,6 @@ class _Aligner:
 
     def _paths(self, indices: Sequence[int]) -> str:
         return _some([self._path(index) for index in indices], 4)
-
-    def _raise(self) -> None:
-        if not self.problems:
-            return
-        shown = [f"  {text}" for text in self.problems[:MAX_PROBLEMS]]
-        if len(self.problems) > MAX_PROBLEMS:
-            shown.append(f"  and {len(self.problems) - MAX_PROBLEMS} more")
-        lines = ["the models do not fit together:", *shown, *(f"Remedy: {remedy}." for remedy in self.remedies)]
-        raise (CheckpointError if self.refused else TensorMismatchError)("\n".join(lines))
 
 
 def _refuse_quantised(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
@@ -388,14 +463,18 @@ def _is_buffer(name: str, entry: TensorEntry) -> bool:
     return _CAUSAL_MASK.search(name) is not None and len(entry.shape) == 4 and entry.shape[:2] == (1, 1)
 
 
-def _ties(config: Mapping[str, Any]) -> bool | None:
-    """What a configuration says of tied embeddings; None if nothing."""
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, Mapping) else {}):
-        value = part.get("tie_word_embeddings")
-        if isinstance(value, bool):
-            return value
-    return None
+def _is_made_anew(name: str, entry: TensorEntry, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor need not be in the output: a buffer, or the twin of a tied embedding."""
+    return bool(_is_buffer(name, entry) or _POSITIONS.search(name) or (is_lm_head(name) and ties(checkpoint.config)))
+
+
+def _join(target: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Put nested values into nested values."""
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            _join(target.setdefault(key, {}), value)
+        else:
+            target[key] = value
 
 
 def _is_vocabulary(name: str, one: TensorEntry, other: TensorEntry) -> bool:

@@ -17,17 +17,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from mergepipe.errors import CheckpointError, DiskFullError, Fault, RecipeError, WorkspaceError
+from mergepipe.errors import CheckpointError, DiskFullError, RecipeError, WorkspaceError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.align import AlignedTensor, Alignment, align
 from mergepipe.pipeline.events import Announcer, CopyProgress, Listener, Note
 from mergepipe.pipeline.handover import SHARDS_OPEN
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
+from mergepipe.pipeline.parts import parts_of
 from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTensor, Source, plan_id
 from mergepipe.pipeline.recipe import Recipe, load_recipe, settings
 from mergepipe.pipeline.schedule import schedule
-from mergepipe.pipeline.values import layer_counts, n_layers_of
+from mergepipe.pipeline.scope import rule_faults
+from mergepipe.pipeline.stacking import View
+from mergepipe.pipeline.values import layer_counts
 from mergepipe.storage.atomic import fsync_path, write_atomic
 from mergepipe.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from mergepipe.storage.copied import copy_store, held_bytes
@@ -200,7 +203,7 @@ def make_plan(
     metadata = {"format": "pt", "mergepipe.recipe": json.dumps(shown, sort_keys=True)}
     return Plan(
         format=PLAN_FORMAT,
-        id=plan_id(tensors, models, groups, metadata, side, recipe.seed),
+        id=plan_id(tensors, models, groups, metadata, side, recipe.seed, alignment.config),
         version=version("mergepipe"),
         recipe=shown,
         models=models,
@@ -215,6 +218,7 @@ def make_plan(
         allowed=allowed,
         chunk_bytes=chunk_bytes,
         seed=recipe.seed,
+        config=alignment.config,
     )
 
 
@@ -232,6 +236,7 @@ def _plan_models(
     recipe: Recipe, checkpoints: Sequence[Checkpoint], store: Literal["virtual", "copy"]
 ) -> tuple[PlannedModel, ...]:
     taken: Counter[str] = Counter()
+    bases = {recipe.base_model, *(part.base_model for part in parts_of(recipe))}
     models = []
     for path, checkpoint in zip(recipe.sources, checkpoints, strict=True):
         name = Path(path).name
@@ -241,7 +246,7 @@ def _plan_models(
             PlannedModel(
                 label=name if taken[name] == 1 else f"{name}-{taken[name]}",
                 path=path,
-                role="base" if path == recipe.base_model else "model",
+                role="base" if path in bases else "model",
                 store=store,
                 why="asked for" if store == "copy" else "local safetensors files, read where they are",
                 tensors=len(checkpoint.tensors),
@@ -254,12 +259,16 @@ def _plan_models(
 
 
 def _plan_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint], alignment: Alignment) -> tuple[PlannedTensor, ...]:
-    counts = layer_counts(tensor.name for tensor in alignment.tensors)
-    faults: list[Fault] = []
+    counts = [
+        layer_counts(tensor.name for tensor in alignment.tensors if tensor.part == number)
+        for number in range(len(alignment.views))
+    ]
+    faults = rule_faults(alignment)
     planned = []
     for tensor in alignment.tensors:
         try:
-            planned.append(_plan_tensor(recipe, checkpoints, tensor, counts))
+            view = alignment.views[tensor.part]
+            planned.append(_plan_tensor(view, checkpoints, tensor, counts[tensor.part]))
         except RecipeError as error:
             faults += error.faults
     if faults:
@@ -268,11 +277,13 @@ def _plan_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint], alignment: 
 
 
 def _plan_tensor(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], tensor: AlignedTensor, counts: dict[str, int]
+    view: View, checkpoints: Sequence[Checkpoint], tensor: AlignedTensor, counts: dict[str, int]
 ) -> PlannedTensor:
     def source(number: int) -> Source:
-        return Source(number, tensor.name, checkpoints[number].tensors[tensor.name].dtype)
+        name = tensor.name_in(number)
+        return Source(number, name, checkpoints[number].tensors[name].dtype)
 
+    recipe = view.part.recipe
     copied = PlannedTensor(tensor.name, tensor.shape, tensor.dtype, "copy", source(tensor.source), ())
     if tensor.action == "copy" and not _recast(recipe, tensor.dtype):
         return copied
@@ -293,7 +304,9 @@ def _plan_tensor(
             model_params=chosen.model_params if chosen else model_params,
             work=_work_dtype([tensor.dtype]),
         )
-    wanted = settings(recipe, tensor.name, n_layers_of(tensor.name, counts))
+    layer, n_layers = view.place(tensor.name, counts)
+    names = [tensor.name_in(number) for number in tensor.models]
+    wanted = settings(recipe, tensor.name, n_layers, layer=layer, names=names)
     base = None if tensor.base is None else source(tensor.base)
     models = tuple(source(number) for number in tensor.models)
     return PlannedTensor(
@@ -331,15 +344,24 @@ def _plan_groups(
     checkpoints: Sequence[Checkpoint],
     shard_bytes: int | None,
 ) -> tuple[tuple[str, ...], ...]:
-    """Which tensors share an output file: those that share one in the base, or as many as fit `shard_bytes`."""
+    """Which tensors share an output file: those that share one in the base, or as many as fit `shard_bytes`.
+
+    Slices have no base whose division they could keep: their files are as large as the largest of the first model.
+    """
+    if shard_bytes is None and any(view.part.sliced for view in alignment.views):
+        sizes = Counter[int]()
+        for entry in checkpoints[0].tensors.values():
+            sizes[entry.file] += entry.nbytes
+        shard_bytes = max(sizes.values())
     if shard_bytes is not None:
         filled = group_by_size([tensor.output for tensor in tensors], shard_bytes)
         return tuple(tuple(tensor.name for tensor in group) for group in filled) or ((),)
     files: dict[tuple[int, int], list[str]] = {}
     for tensor in alignment.tensors:
-        entry = checkpoints[tensor.source].tensors[tensor.name]
+        lender = 0 if alignment.views[tensor.part].part.module is not None else tensor.source
+        kept = checkpoints[0].tensors.get(tensor.name) if lender == 0 else None
         # A tensor that another model lends (a head) joins that model's file only if the first has no file at all.
-        key = (0, entry.file) if tensor.source == 0 else (0, max((f for _, f in files), default=0))
+        key = (0, kept.file) if kept is not None else (0, max((f for _, f in files), default=0))
         files.setdefault(key, []).append(tensor.name)
     return tuple(tuple(names) for _, names in sorted(files.items())) or ((),)
 

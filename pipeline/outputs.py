@@ -155,7 +155,7 @@ def _sidecars(source: Path) -> list[Path]:
 
 
 def copy_sidecars(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
-    """Copy configuration and tokenizer files; `changes` replace keys of `config.json`, the rest stays as it was."""
+    """Copy configuration and tokenizer files; `changes`, as deep as it is, replace values of `config.json`."""
     for path in _sidecars(source):
         if path.is_dir():
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
@@ -168,10 +168,17 @@ def copy_sidecars(source: Path, target: Path, changes: Mapping[str, Any]) -> Non
 
 def _changed(config: bytes, changes: Mapping[str, Any]) -> bytes:
     values = json.loads(config)
-    for key, value in changes.items():
-        # A type is written under the name that the configuration uses for it already.
-        values["dtype" if key == "torch_dtype" and "dtype" in values else key] = value
+    _put(values, changes)
     return to_json(values)
+
+
+def _put(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            _put(values[key], value)
+        else:
+            # A type is written under the name that the configuration uses for it already.
+            values["dtype" if key == "torch_dtype" and "dtype" in values else key] = value
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
@@ -226,7 +233,8 @@ def manifest(
 def publish(plan: Plan, record: Mapping[str, Any]) -> None:
     """Put everything beside the weights, and the index (or the single file's name) last."""
     folder = Path(plan.output)
-    copy_sidecars(Path(plan.models[plan.sidecar].path), folder, {"torch_dtype": plan.dtype} if plan.dtype else {})
+    changes = plan.config | ({"torch_dtype": plan.dtype} if plan.dtype else {})
+    copy_sidecars(Path(plan.models[plan.sidecar].path), folder, changes)
     write_atomic(folder / CARD_NAME, model_card(plan).encode())
     write_atomic(folder / MANIFEST_NAME, to_json(record))
     index = plan.layout().index

@@ -7,29 +7,24 @@ reported once.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from mergepipe.errors import Fault, RecipeError
+from mergepipe.pipeline.parse_parts import Entry, PartsParser
+from mergepipe.pipeline.parse_values import nearest
+from mergepipe.pipeline.parts import Part, parts_of
 from mergepipe.pipeline.recipe import ModelSpec, Parameters, Recipe, Rule, SparsifySpec
 from mergepipe.pipeline.scope import Scope
-from mergepipe.pipeline.values import MISSING, Filtered, FilterEntry, Gradient, Missing, Scalar, ValueSpec
-from mergepipe.tasks.method import MergeMethod, Parameter
-
-MAX_FAULTS = 50
-MAX_MESSAGE = 400
+from mergepipe.tasks.method import MergeMethod
 
 KEYS = (
     *("merge_method", "base_model", "models", "parameters", "sparsify", "scope", "rules", "dtype", "out_dtype"),
     *("tokenizer_source", "chat_template", "seed", "heads", "output", "name"),
+    *("slices", "modules"),
 )
 
 NOT_MERGED = {
-    "slices": "this version does not stack layers: it merges whole models, listed under `models`",
-    "modules": "this version does not merge the modules of a model one by one: list whole models under `models`",
     "tokenizer": "this version does not merge vocabularies: it copies the base's tokenizer (`tokenizer_source: base`)",
     "outputs": "this version writes one output per run: give each its own recipe",
 }
@@ -43,28 +38,12 @@ MERGEKIT_METHODS = (
 """Names that are no slip of the pen, whether or not there is such a method here."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``: did you mean 'x'?``, or the list of what there is.
-
-    Examples
-    --------
-    >>> nearest("densty", ["weight", "density"]), nearest("?", ["a", "b"])
-    ("did you mean 'density'?", 'there is a, b')
-    """
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean '{close[0]}'?"
-    return f"there is {', '.join(known)}" if known else "there is none"
-
-
-class RecipeParser:
+class RecipeParser(PartsParser):
     """Parses one recipe; relative paths start from the absolute path `root`."""
 
     def __init__(self, root: str) -> None:
+        super().__init__()
         self.root = root
-        self.faults: list[Fault] = []
-        self.notes: dict[str, None] = {}
 
     def parse(self, document: Mapping[str, Any]) -> Recipe:
         """The recipe that a document describes.
@@ -77,59 +56,26 @@ class RecipeParser:
         self._unknown_keys(document, "$", KEYS, NOT_MERGED)
         method = self._method(document.get("merge_method"), "$.merge_method")
         base = self._optional(document, "base_model", self._reference)
-        raw_models = self._raw_models(document)
+        form = self._form(document)
+        raw_models = self._raw_models(document) if form == "models" else []
         sparsify = self._sparsify(document.get("sparsify"), "$.sparsify")
-        scopes = [] if method is None else [Scope("$", method, sparsify)]
-        rules = self._rules(document.get("rules"), method, sparsify, scopes)
-        models = self._models(raw_models, scopes, base)
+        scopes = self._part_scopes(document, form, method, sparsify)
+        hosts = list({scope.method.name: scope.method for scope in scopes}.values())
+        rules = self._rules(document.get("rules"), hosts, sparsify, scopes)
+        parts: dict[str, Any] = {"models": self._models(raw_models, scopes, base, method)}
+        if form == "slices":
+            parts["slices"] = self._slices(document["slices"], "$.slices", scopes, base)
+        elif form == "modules":
+            parts["modules"] = self._modules(document["modules"], scopes, base, method)
         parameters = self._parameters(document.get("parameters"), "$.parameters", scopes)
-        plain = self._plain_keys(document, [base, *(model.model for model in models)])
+        plain = self._plain_keys(document, [base, *Recipe("", **parts).sources])
         self._raise()
         assert method is not None  # or its fault has just been raised
         fields = plain | {"base_model": base, "parameters": parameters, "sparsify": sparsify, "rules": rules}
-        recipe = Recipe(method.name, models, **fields, notes=tuple(self.notes))
+        recipe = Recipe(method.name, **parts, **fields, notes=tuple(self.notes))
         self._check_whole(recipe, scopes)
         self._raise()
         return recipe
-
-    # -- faults
-
-    def _fault(self, path: str, message: str) -> None:
-        if len(message) > MAX_MESSAGE:
-            message = message[:MAX_MESSAGE] + " …"
-        self.faults.append(Fault(path, message))
-
-    def _raise(self) -> None:
-        if not self.faults:
-            return
-        more = len(self.faults) - MAX_FAULTS
-        shown = self.faults[:MAX_FAULTS]
-        raise RecipeError([*shown, Fault("$", f"and {more} more faults")] if more > 0 else shown)
-
-    def _unknown_keys(
-        self, mapping: Mapping[Any, Any], path: str, known: Iterable[str], refused: Mapping[str, str] | None = None
-    ) -> None:
-        refused = refused or {}
-        for key in mapping:
-            if key in refused:
-                self._fault(f"{path}.{key}", refused[key])
-            elif key not in known:
-                self._fault(f"{path}.{key}", f"is no key that belongs here; {nearest(str(key), known)}")
-
-    def _mapping(self, raw: object, path: str) -> Mapping[str, Any]:
-        """`raw` if it is a mapping; else an empty one, and a fault unless it is not given."""
-        if isinstance(raw, Mapping):
-            return raw
-        if raw is not None:
-            self._fault(path, f"expected a mapping, found {raw!r}")
-        return {}
-
-    def _list(self, raw: object, path: str) -> list[Any]:
-        if isinstance(raw, list | tuple):
-            return list(raw)
-        if raw is not None:
-            self._fault(path, f"expected a list, found {raw!r}")
-        return []
 
     # -- the plain keys
 
@@ -219,16 +165,16 @@ class RecipeParser:
             self._fault(path, f"this version does not apply adapters ({adapter!r}): give the folder of a whole model")
         return model
 
-    def _raw_models(self, document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    def _raw_models(self, document: Mapping[str, Any], at: str = "$") -> list[Entry]:
         """Path in the recipe, entry and checkpoint of each model that can be told."""
         raw = document.get("models")
         if not raw and raw in (None, [], ()):
             if not any(key in document for key in NOT_MERGED):
-                self._fault("$.models", "is missing or empty: list the models to merge, each as `- model: FOLDER`")
+                self._fault(f"{at}.models", "is missing or empty: list the models to merge, each as `- model: FOLDER`")
             return []
-        entries: list[tuple[str, Mapping[str, Any], str]] = []
-        for index, item in enumerate(self._list(raw, "$.models")):
-            path = f"$.models[{index}]"
+        entries: list[Entry] = []
+        for index, item in enumerate(self._list(raw, f"{at}.models")):
+            path = f"{at}.models[{index}]"
             if not isinstance(item, Mapping) or "model" not in item:
                 self._fault(path, f"expected a mapping with `model`, found {item!r}")
                 continue
@@ -239,7 +185,7 @@ class RecipeParser:
         return entries
 
     def _models(
-        self, entries: list[tuple[str, Mapping[str, Any], str]], scopes: list[Scope], base: str | None
+        self, entries: list[Entry], scopes: list[Scope], base: str | None, host: MergeMethod | None
     ) -> tuple[ModelSpec, ...]:
         seen: dict[str, str] = {}
         specs = []
@@ -251,8 +197,8 @@ class RecipeParser:
             if base is not None and same == os.path.realpath(base):
                 model = base
             parameters = self._parameters(item.get("parameters"), f"{path}.parameters", scopes, one_model=True)
-            if parameters and model == base and scopes and scopes[0].method.base != "ignored":
-                message = f"this is the base of {scopes[0].method.name}, no expert, and takes no parameters: drop them"
+            if parameters and model == base and host is not None and host.base != "ignored":
+                message = f"this is the base of {host.name}, no expert, and takes no parameters: drop them"
                 self._fault(f"{path}.parameters", message)
             specs.append(ModelSpec(model, parameters))
         return tuple(specs)
@@ -294,9 +240,9 @@ class RecipeParser:
         return SparsifySpec(name, parameters)
 
     def _rules(
-        self, raw: object, host: MergeMethod | None, sparsify: SparsifySpec | None, scopes: list[Scope]
+        self, raw: object, hosts: list[MergeMethod], sparsify: SparsifySpec | None, scopes: list[Scope]
     ) -> tuple[Rule, ...]:
-        """The rules; appends a scope for each."""
+        """The rules; appends the scopes of each, one for every method that it may go with."""
         rules = []
         for index, item in enumerate(self._list(raw, "$.rules")):
             path = f"$.rules[{index}]"
@@ -306,128 +252,66 @@ class RecipeParser:
             self._unknown_keys(item, path, ("match", "merge_method", "sparsify", "parameters"))
             match = self._pattern(item.get("match"), f"{path}.match")
             name = item.get("merge_method")
-            method = host if name is None else self._method(name, f"{path}.merge_method")
+            own_method = None if name is None else self._method(name, f"{path}.merge_method")
             own = self._sparsify(item.get("sparsify"), f"{path}.sparsify")
-            if method is None:
+            methods = hosts if name is None else [own_method] if own_method is not None else []
+            if not methods:
                 continue
-            asked = own or (sparsify if method.space == "deltas" else None)
-            scope = Scope(path, method, asked, "$.sparsify" if own is None else f"{path}.sparsify")
-            parameters = self._parameters(item.get("parameters"), f"{path}.parameters", [scope])
-            rule = Rule(match, None if name is None else method.name, own, parameters)
+            where = "$.sparsify" if own is None else f"{path}.sparsify"
+            asked = [own or (sparsify if method.space == "deltas" else None) for method in methods]
+            pairs = list(zip(methods, asked, strict=True))
+            here = [Scope(path, method, thinned, where) for method, thinned in pairs]
+            parameters = self._parameters(item.get("parameters"), f"{path}.parameters", here)
+            rule = Rule(match, None if own_method is None else own_method.name, own, parameters)
             rules.append(rule)
-            scopes.append(Scope(path, method, asked, scope.sparsify_path, rule))
+            scopes += [Scope(path, method, thinned, where, rule) for method, thinned in pairs]
         return tuple(rules)
-
-    def _pattern(self, raw: object, path: str) -> str:
-        if not isinstance(raw, str) or not raw:
-            self._fault(path, f"expected a regular expression, to be found in tensor names, found {raw!r}")
-            return ""
-        try:
-            re.compile(raw)
-        except (re.error, RecursionError, OverflowError) as error:
-            self._fault(path, f"{raw!r} is no regular expression: {error}")
-        return raw
-
-    # -- parameters
-
-    def _parameters(self, raw: object, path: str, scopes: list[Scope], *, one_model: bool = False) -> Parameters:
-        """The parameters given at one place, checked against the scopes that they reach."""
-        parameters: Parameters = {}
-        for key, value in self._mapping(raw, path).items():
-            declared = [p for p in (scope.declared(key) for scope in scopes) if p is not None]
-            effective = [p for p in declared if not p.without_effect]
-            asking = [scope for scope in scopes if scope.asked is not None]
-            used = any(scope.uses(key) for scope in scopes)
-            if not scopes:
-                continue
-            if asking and not used and (effective or (declared and key == "density")):
-                self._fault(f"{path}.{key}", asking[0].replaced(key))
-            elif not declared:
-                methods = ", ".join(dict.fromkeys(scope.method.name for scope in scopes))
-                known = set().union(*(scope.names() for scope in scopes))
-                self._fault(f"{path}.{key}", f"is no parameter of {methods}; {nearest(str(key), known)}")
-            elif not effective:
-                self._note(f"`{key}` has no effect in {scopes[0].method.name}")
-            elif one_model and not any(p.per_model or key in s.shared() for p in effective for s in scopes):
-                self._fault(f"{path}.{key}", "is a setting of the whole merge: move it to $.parameters")
-            else:
-                self._take(parameters, effective[0], value, f"{path}.{key}")
-        return parameters
-
-    def _note(self, text: str) -> None:
-        self.notes.setdefault(text)
-
-    def _take(self, parameters: Parameters, parameter: Parameter, raw: object, path: str) -> None:
-        spec = self._spec(parameter, raw, path)
-        if not isinstance(spec, Missing):
-            parameters[parameter.name] = spec
-
-    def _spec(self, parameter: Parameter, raw: object, path: str) -> ValueSpec | Missing:
-        if isinstance(raw, Mapping):
-            raw = [raw]
-        if isinstance(raw, list | tuple) and any(isinstance(item, Mapping) for item in raw):
-            entries = [self._entry(parameter, item, f"{path}[{index}]") for index, item in enumerate(raw)]
-            return Filtered(tuple(entry for entry in entries if entry is not None))
-        return self._scalar_or_gradient(parameter, raw, path)
-
-    def _entry(self, parameter: Parameter, raw: object, path: str) -> FilterEntry | None:
-        if not isinstance(raw, Mapping) or "value" not in raw:
-            self._fault(path, f"expected {{filter: part of a name, value: …}}, found {raw!r}")
-            return None
-        self._unknown_keys(raw, path, ("filter", "value"))
-        word = raw.get("filter")
-        if word is not None and not (isinstance(word, str) and word):
-            self._fault(f"{path}.filter", f"expected a part of tensor names, or none for all, found {word!r}")
-        value = self._scalar_or_gradient(parameter, raw["value"], f"{path}.value")
-        return None if isinstance(value, Missing) else FilterEntry(None if word == "*" else word, value)
-
-    def _scalar_or_gradient(self, parameter: Parameter, raw: object, path: str) -> Scalar | Gradient | Missing:
-        if parameter.kind == "patterns" or not isinstance(raw, list | tuple):
-            return self._scalar(parameter, raw, path)
-        if not raw:
-            self._fault(path, f"is an empty list: expected {parameter.expected}, or a list of such for a gradient")
-            return MISSING
-        if parameter.kind in ("integer", "rank"):
-            self._fault(path, f"takes no gradient: expected {parameter.expected}")
-            return MISSING
-        values = [self._scalar(parameter, item, f"{path}[{index}]", unset=False) for index, item in enumerate(raw)]
-        return Gradient(tuple(value for value in values if not isinstance(value, Missing)))
-
-    def _scalar(self, parameter: Parameter, raw: object, path: str, *, unset: bool = True) -> Scalar | Missing:
-        try:
-            if raw is None and not unset:
-                raise ValueError(f"expected {parameter.expected}, found nothing")
-            value: Scalar = parameter.check(raw)
-        except ValueError as error:
-            self._fault(path, str(error))
-            return MISSING
-        except OverflowError:
-            self._fault(path, f"expected {parameter.expected}, found a number too large for any")
-            return MISSING
-        if parameter.kind == "patterns" and isinstance(value, tuple):
-            for index, pattern in enumerate(value):
-                self._pattern(pattern, f"{path}[{index}]")
-        return value
 
     # -- the recipe as a whole
 
     def _check_whole(self, recipe: Recipe, scopes: list[Scope]) -> None:
-        if recipe.scope == "model" and scopes and not scopes[0].takes("model"):
-            self._fault("$.scope", f"has no effect: {scopes[0].thinning} takes no threshold over the whole model")
+        parts = parts_of(recipe)
+        own = {scope.path: scope for scope in scopes if scope.rule is None}
+        if recipe.scope == "model" and own and not any(scope.takes("model") for scope in own.values()):
+            thinning = ", ".join(dict.fromkeys(scope.thinning for scope in own.values()))
+            self._fault("$.scope", f"has no effect: {thinning} takes no threshold over the whole model")
+        if recipe.sparsify is not None and own and all(scope.asked is None for scope in own.values()):
+            self._fault("$.sparsify", "has no effect: every part of the recipe merges weights, not task vectors")
+        checked = [part for part in parts if part.path in own]
+        lacking = [{_last(*lack) for lack in own[part.path].lacking(part.recipe)} for part in checked]
+        lacking_everywhere = set.intersection(*lacking) if lacking else set()
+        for part in checked:
+            self._check_part(part, own[part.path], lacking_everywhere)
         for scope in scopes:
-            baseless = scope.method.base == "optional" and recipe.base_model is None
-            if scope.asked is not None and (scope.method.space != "deltas" or baseless):
-                message = f"{scope.method.name} merges weights, there is no task vector to thin: leave `sparsify` out"
-                message += " or name a `base_model`" if baseless else ""
-                self._fault(scope.sparsify_path, message)
-            if scope.method.base in ("required", "primary") and recipe.base_model is None:
-                self._fault("$.base_model", f"is missing: {scope.method.name} needs one")
-                continue
-            count = scope.count_fault(len(scope.experts(recipe)))
-            if count is not None:
-                self._fault("$.models" if scope.rule is None else f"{scope.path}.merge_method", count)
             if scope.rule is None:
-                for path, message in scope.without_effect(recipe):
+                continue
+            if len(parts) == 1:
+                for path, message in scope.faults(parts[0].recipe):
                     self._fault(path, message)
-            for path, message in scope.lacking(recipe):
-                self._fault(path, message)
+            elif (idle := scope.idle_sparsifier(baseless=False)) is not None:
+                # Which parts a rule reaches is seen when tensors are known.
+                self._fault(scope.sparsify_path, idle)
+
+    def _check_part(self, part: Part, scope: Scope, lacking_everywhere: set[tuple[str, str]]) -> None:
+        method = scope.method
+        if part.path != "$" and method.masks is not None:
+            self._fault(part.path, f"{method.name} keeps masks over a whole model: it takes `models` at the top only")
+        if part.sliced and method.base != "ignored" and part.base_model not in (None, *part.ranges):
+            message = (
+                f"the base {part.base_model} is no source: {method.name} needs to know which of its layers; list it"
+            )
+            self._fault(part.listing, message)
+            return
+        for path, message in scope.faults(part.recipe):
+            # What no part has is missing once, in the recipe.
+            once = _last(path, message) in lacking_everywhere
+            self._fault_once("$" + path.removeprefix(part.path) if once and part.path != "$" else path, message)
+
+    def _fault_once(self, path: str, message: str) -> None:
+        if not any((fault.path, fault.message) == (path, message) for fault in self.faults):
+            self._fault(path, message)
+
+
+def _last(path: str, message: str) -> tuple[str, str]:
+    """What is lacking, wherever it is."""
+    return path.rpartition(".")[2], message

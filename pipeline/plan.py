@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -175,6 +175,8 @@ class Plan:
     chunk_bytes : int
         Wanted size of a unit.
     seed : int
+    config : dict
+        What changes in the sidecar model's `config.json`, besides the dtype: new values, in mappings as deep as theirs.
     """
 
     format: int
@@ -193,6 +195,7 @@ class Plan:
     allowed: int
     chunk_bytes: int
     seed: int
+    config: dict[str, Any] = field(default_factory=dict)
 
     def layout(self) -> OutputLayout:
         """The place of every output byte."""
@@ -233,6 +236,7 @@ def plan_id(
     metadata: Mapping[str, str],
     side: Mapping[str, tuple[Source, ...]],
     seed: int,
+    config: Mapping[str, Any],
 ) -> str:
     """Hash of everything that the output's bytes depend on; folders, memory, chunks and workers are not among it."""
     record = {
@@ -243,6 +247,7 @@ def plan_id(
         "metadata": dict(metadata),
         "side": _SIDE.dump_python(dict(side), mode="json"),
         "seed": seed,
+        "config": dict(config),
     }
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
 

@@ -22,8 +22,10 @@ from mergepipe.tasks.method import REQUIRED, MergeMethod, Parameter, Sparsifier
 
 __all__ = [
     "ModelSpec",
+    "ModuleSpec",
     "Recipe",
     "Rule",
+    "SliceSpec",
     "SparsifySpec",
     "TensorSettings",
     "apply_overrides",
@@ -37,14 +39,56 @@ Parameters = dict[str, ValueSpec]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One entry of `models`: the absolute path of a checkpoint, and the parameters given for it alone."""
+    """One entry of `models`: the absolute path of a checkpoint, and the parameters given for it alone.
+
+    In a slice, `layer_range` says which of its layers are taken: the first, and one past the last.
+    """
 
     model: str
+    parameters: Parameters = field(default_factory=dict)
+    layer_range: tuple[int, int] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a recipe."""
+        layers = None if self.layer_range is None else list(self.layer_range)
+        return {"model": self.model} | _given(layer_range=layers, parameters=_plain(self.parameters))
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSpec:
+    """One entry of `slices`: layers of one or several models that become the next layers of the output.
+
+    What is None, or not among `parameters`, is as the module or the whole recipe says.
+    """
+
+    sources: tuple[ModelSpec, ...]
+    base_model: str | None = None
+    merge_method: str | None = None
     parameters: Parameters = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a recipe."""
-        return {"model": self.model} | _given(parameters=_plain(self.parameters))
+        given = _given(base_model=self.base_model, merge_method=self.merge_method, parameters=_plain(self.parameters))
+        return {"sources": [spec.to_dict() for spec in self.sources]} | given
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """One entry of `modules`: a tower of a model of several, merged from whole towers or from slices of them."""
+
+    models: tuple[ModelSpec, ...] = ()
+    slices: tuple[SliceSpec, ...] = ()
+    base_model: str | None = None
+    merge_method: str | None = None
+    parameters: Parameters = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a recipe."""
+        listed = _given(
+            models=[spec.to_dict() for spec in self.models], slices=[spec.to_dict() for spec in self.slices]
+        )
+        given = _given(base_model=self.base_model, merge_method=self.merge_method, parameters=_plain(self.parameters))
+        return listed | given
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +133,16 @@ class Recipe:
     base_model : str or None
         Absolute path.
     models : tuple of ModelSpec
-        As listed; the base may be among them.
+        As listed; the base may be among them. Empty where there are `slices` or `modules`.
     parameters : dict
         Global parameters, and defaults of the per-model ones.
+    slices : tuple of SliceSpec
+        What the layers of the output are stacked from.
+    modules : dict of str to ModuleSpec
+        How each tower is made, by name.
+    outer : tuple of dict
+        Parameters of the scopes around this recipe, the nearest first, where it is a part of another one
+        (:mod:`mergepipe.pipeline.parts`).
     sparsify : SparsifySpec or None
         None leaves the method its own trim.
     rules : tuple of Rule
@@ -120,12 +171,22 @@ class Recipe:
     chat_template: str | None = None
     scope: str = "tensor"
     notes: tuple[str, ...] = ()
+    slices: tuple[SliceSpec, ...] = ()
+    modules: dict[str, ModuleSpec] = field(default_factory=dict)
+    outer: tuple[Parameters, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The checkpoints a merge opens, each once: the base first if there is one, then the models in order."""
-        paths = [] if self.base_model is None else [self.base_model]
-        return tuple(dict.fromkeys([*paths, *(spec.model for spec in self.models)]))
+        paths = [self.base_model, *(spec.model for spec in self.models), *_paths_in(self.slices)]
+        for module in self.modules.values():
+            paths += [module.base_model, *(spec.model for spec in module.models), *_paths_in(module.slices)]
+        return tuple(dict.fromkeys(path for path in paths if path is not None))
+
+    @property
+    def shared(self) -> tuple[Parameters, ...]:
+        """Where a parameter is looked for that is given for no model alone, the nearest scope first."""
+        return (self.parameters, *self.outer)
 
     @property
     def experts(self) -> tuple[ModelSpec, ...]:
@@ -170,7 +231,12 @@ class Recipe:
         """
         plain: dict[str, Any] = {"merge_method": self.merge_method}
         plain |= _given(base_model=self.base_model)
-        plain["models"] = [spec.to_dict() for spec in self.models]
+        if self.slices:
+            plain["slices"] = [spec.to_dict() for spec in self.slices]
+        elif self.modules:
+            plain["modules"] = {name: module.to_dict() for name, module in self.modules.items()}
+        else:
+            plain["models"] = [spec.to_dict() for spec in self.models]
         plain |= _given(parameters=_plain(self.parameters))
         plain |= _given(sparsify=None if self.sparsify is None else self.sparsify.to_dict())
         plain |= _given(rules=[rule.to_dict() for rule in self.rules])
@@ -262,7 +328,14 @@ def parse_recipe(
     return RecipeParser(os.path.abspath(relative_to or os.curdir)).parse(document)
 
 
-def settings(recipe: Recipe, tensor_name: str, n_layers: int) -> TensorSettings:
+def settings(
+    recipe: Recipe,
+    tensor_name: str,
+    n_layers: int,
+    *,
+    layer: int | Missing | None = MISSING,
+    names: Sequence[str] = (),
+) -> TensorSettings:
     """What the recipe asks for one tensor.
 
     A value is looked for in the rule that applies, at the model, under the global parameters, and is the default else.
@@ -272,29 +345,38 @@ def settings(recipe: Recipe, tensor_name: str, n_layers: int) -> TensorSettings:
     recipe : Recipe
     tensor_name : str
     n_layers : int
-        Layers in the tensor's stack (:func:`mergepipe.pipeline.values.n_layers_of`), for gradients.
+        Layers in the tensor's stack (:func:`mergepipe.pipeline.values.n_layers_of`) or slice, for gradients.
+    layer : int or None, optional
+        Which of them it belongs to, None for none; by default as its name says.
+    names : sequence of str, optional
+        What the tensor is called in each model of `recipe.experts_for(tensor_name)`: what filters of the values for
+        one model look at. By default its own name.
 
     Raises
     ------
     RecipeError
         If a parameter without a default has no value for this tensor, or an interpolated one is out of bounds.
     """
-    return _Resolver(recipe, tensor_name, n_layers).settings()
+    position = layer_of(tensor_name) if isinstance(layer, Missing) else layer
+    return _Resolver(recipe, tensor_name, position, n_layers, names).settings()
 
 
 class _Resolver:
     """Looks the parameters of one tensor up."""
 
-    def __init__(self, recipe: Recipe, tensor_name: str, n_layers: int) -> None:
+    def __init__(
+        self, recipe: Recipe, tensor_name: str, layer: int | None, n_layers: int, names: Sequence[str]
+    ) -> None:
         from mergepipe.tasks.registry import METHODS
 
         self.recipe = recipe
         self.name = tensor_name
-        self.layer = layer_of(tensor_name)
+        self.layer = layer
         self.n_layers = n_layers
         self.rule = recipe.rule_for(tensor_name)
         self.method: MergeMethod = METHODS[recipe.method_for(tensor_name)]
-        self.experts = recipe.experts_for(tensor_name)
+        experts = recipe.experts_for(tensor_name)
+        self.experts = tuple(zip(experts, names or [tensor_name] * len(experts), strict=True))
 
     def settings(self) -> TensorSettings:
         from mergepipe.tasks.registry import SPARSIFIERS
@@ -303,7 +385,7 @@ class _Resolver:
         params = {p.name: self._value(p, None) for p in parameters if not p.per_model}
         stood_in = {p.name: p.stand_in[2] for p in parameters if p.stand_in and params[p.stand_in[0]] == p.stand_in[1]}
         own = [p for p in parameters if p.per_model and p.name not in stood_in]
-        model_params = tuple({**stood_in, **{p.name: self._value(p, spec) for p in own}} for spec in self.experts)
+        model_params = tuple({**stood_in, **{p.name: self._value(p, expert) for p in own}} for expert in self.experts)
         sparsify, sparsify_params = self._sparsify()
         can = self.recipe.scope in {*self.method.scopes, *(SPARSIFIERS[sparsify].scopes)}
         scope = self.recipe.scope if can else "tensor"
@@ -321,23 +403,27 @@ class _Resolver:
         shared = shared_parameters(self.method, sparsifier, own_trim=asked is None)
         return name, tuple(
             {
-                p.name: self._checked(p, self._first(p.name, spec, given, fall_back=p.name in shared))
+                p.name: self._checked(p, self._first(p.name, expert, given, fall_back=p.name in shared))
                 for p in sparsifier.parameters
             }
-            for spec in self.experts
+            for expert in self.experts
         )
 
-    def _value(self, parameter: Parameter, spec: ModelSpec | None) -> Any:
-        return self._checked(parameter, self._first(parameter.name, spec, {}, fall_back=True))
+    def _value(self, parameter: Parameter, expert: tuple[ModelSpec, str] | None) -> Any:
+        return self._checked(parameter, self._first(parameter.name, expert, {}, fall_back=True))
 
-    def _first(self, name: str, spec: ModelSpec | None, given: Parameters, *, fall_back: bool) -> Scalar | Missing:
+    def _first(
+        self, name: str, expert: tuple[ModelSpec, str] | None, given: Parameters, *, fall_back: bool
+    ) -> Scalar | Missing:
+        """The first value there is, looked for at the rule, the model, the slice, the module and the whole recipe."""
         scopes: list[Mapping[str, ValueSpec]] = [given]
         if fall_back:
             scopes += [self.rule.parameters] if self.rule is not None else []
-            scopes += [spec.parameters] if spec is not None else []
-            scopes += [self.recipe.parameters]
+            scopes += [expert[0].parameters] if expert is not None else []
+            scopes += self.recipe.shared
+        called = self.name if expert is None else expert[1]
         for scope in scopes:
-            value = resolve(scope.get(name, MISSING), self.name, self.layer, self.n_layers)
+            value = resolve(scope.get(name, MISSING), called, self.layer, self.n_layers)
             if not isinstance(value, Missing):
                 return value
         return MISSING
@@ -378,6 +464,11 @@ def thins_by_density(method: MergeMethod) -> bool:
     """Whether a method does a thinning of its own that no sparsifier replaces, as `dare_ties` does."""
     own = method.parameter("density")
     return method.trim == "none" and own is not None and not own.without_effect
+
+
+def _paths_in(slices: Sequence[SliceSpec]) -> list[str | None]:
+    """The checkpoints that slices name, base first in each."""
+    return [path for one in slices for path in (one.base_model, *(spec.model for spec in one.sources))]
 
 
 def _plain(parameters: Parameters) -> dict[str, Any]:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mergepipe.pipeline.recipe import ModelSpec, Recipe, Rule, SparsifySpec, shared_parameters, thins_by_density
+from mergepipe.errors import Fault
+from mergepipe.pipeline.recipe import (
+    ModelSpec,
+    Recipe,
+    Rule,
+    SparsifySpec,
+    shared_parameters,
+    sparsify_of,
+    thins_by_density,
+)
 from mergepipe.tasks.method import REQUIRED, MergeMethod, Parameter, Sparsifier
+
+if TYPE_CHECKING:
+    from mergepipe.pipeline.align import Alignment
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """One way in which a recipe treats tensors: its own, or that of a rule.
+    """One way in which a recipe treats tensors: its own, that of one of its parts, or that of a rule.
 
-    `asked` is the sparsifier that the recipe names for it; None leaves the method its own trim.
+    `asked` is the sparsifier that the recipe names for it; None leaves the method its own trim. `listing` is where its
+    models stand.
     """
 
     path: str
@@ -20,6 +34,7 @@ class Scope:
     asked: SparsifySpec | None
     sparsify_path: str = "$.sparsify"
     rule: Rule | None = None
+    listing: str = "$.models"
 
     @property
     def sparsifier(self) -> Sparsifier | None:
@@ -70,11 +85,30 @@ class Scope:
 
     def experts(self, recipe: Recipe) -> list[tuple[str, ModelSpec]]:
         """The models that are merged, each with its path in the recipe."""
-        listed = [(f"$.models[{index}]", spec) for index, spec in enumerate(recipe.models)]
+        listed = [(f"{self.listing}[{index}]", spec) for index, spec in enumerate(recipe.models)]
         if self.rule is not None and self.rule.merge_method == "passthrough":
             return listed[:1]
         everyone = self.method.base == "ignored" and recipe.experts == recipe.models
         return [(path, spec) for path, spec in listed if everyone or spec.model != recipe.base_model]
+
+    def faults(self, recipe: Recipe) -> list[tuple[str, str]]:
+        """Path and message of whatever a plain recipe, treated in this way, does wrong as a whole."""
+        found = []
+        baseless = self.method.base == "optional" and recipe.base_model is None
+        if (message := self.idle_sparsifier(baseless=baseless)) is not None:
+            found.append((self.sparsify_path, message))
+        if self.method.base in ("required", "primary") and recipe.base_model is None:
+            return [*found, ("$.base_model", f"is missing: {self.method.name} needs one")]
+        if (count := self.count_fault(len(self.experts(recipe)))) is not None:
+            found.append((self.listing if self.rule is None else f"{self.path}.merge_method", count))
+        return found + (self.without_effect(recipe) if self.rule is None else []) + self.lacking(recipe)
+
+    def idle_sparsifier(self, *, baseless: bool) -> str | None:
+        """What to say of a sparsifier where there is no task vector to thin."""
+        if self.asked is None or (self.method.space == "deltas" and not baseless):
+            return None
+        message = f"{self.method.name} merges weights, there is no task vector to thin: leave `sparsify` out"
+        return message + (" or name a `base_model`" if baseless else "")
 
     def count_fault(self, found: int) -> str | None:
         """What is wrong with merging `found` models, if anything."""
@@ -91,7 +125,7 @@ class Scope:
             return False
         name, choice, _ = parameter.stand_in
         own = {} if self.rule is None else self.rule.parameters
-        return own.get(name, recipe.parameters.get(name)) == choice
+        return next((scope[name] for scope in (own, *recipe.shared) if name in scope), None) == choice
 
     def without_effect(self, recipe: Recipe) -> list[tuple[str, str]]:
         """Path and message for each parameter that is given although another one takes its place."""
@@ -99,7 +133,7 @@ class Scope:
         for p in self.method.parameters:
             if not self.stands_in(p, recipe) or p.stand_in is None:
                 continue
-            given = [("$", recipe.parameters), *((path, spec.parameters) for path, spec in self.experts(recipe))]
+            given = [(self.path, recipe.parameters), *((path, spec.parameters) for path, spec in self.experts(recipe))]
             message = f"has no effect with `{p.stand_in[0]}: {p.stand_in[1]}`: leave one of the two out"
             faults += [(f"{path}.parameters.{p.name}", message) for path, parameters in given if p.name in parameters]
         return faults
@@ -109,7 +143,7 @@ class Scope:
 
         Whether the filters of one that is given match is seen tensor by tensor.
         """
-        everywhere = set(recipe.parameters) | (set() if self.rule is None else set(self.rule.parameters))
+        everywhere = set().union(*recipe.shared, {} if self.rule is None else self.rule.parameters)
         faults = []
         for p in self.method.parameters:
             if p.default is not REQUIRED or p.without_effect or p.name in everywhere or self.stands_in(p, recipe):
@@ -150,3 +184,25 @@ class Scope:
         asked = "none" if self.asked is None else self.asked.method
         role = f"replaces the trim of {self.method.name}" if self.method.trim != "none" else "decides what is kept"
         return f"has no effect, `sparsify: {asked}` {role}: leave {name} out, or leave `sparsify` out"
+
+
+def rule_faults(alignment: Alignment) -> list[Fault]:
+    """What rules do wrong where they reach: in a recipe of several parts that is known with the tensors only."""
+    from mergepipe.tasks.registry import METHODS
+
+    if len(alignment.views) < 2:
+        return []
+    found: dict[tuple[int, int], list[tuple[str, str]]] = {}
+    for tensor in alignment.tensors:
+        part = alignment.views[tensor.part].part
+        rule = part.recipe.rule_for(tensor.name)
+        if rule is None or (tensor.part, id(rule)) in found:
+            continue
+        method = METHODS[part.recipe.method_for(tensor.name)]
+        asked = sparsify_of(part.recipe, rule, method)
+        at = f"$.rules[{next(number for number, one in enumerate(part.recipe.rules) if one is rule)}]"
+        scope = Scope(at, method, asked, "$.sparsify", rule, part.listing)
+        found[tensor.part, id(rule)] = [
+            (path, f"for '{tensor.name}': {text}") for path, text in scope.faults(part.recipe)
+        ]
+    return [Fault(path, text) for faults in found.values() for path, text in faults]

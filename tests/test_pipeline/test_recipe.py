@@ -164,13 +164,13 @@ def test_all_faults_come_at_once_with_their_paths() -> None:
     assert "1.5" in found["$.parameters.density[0].value"]
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "outputs"])
+@pytest.mark.parametrize("key", ["tokenizer", "outputs"])
 def test_what_this_version_does_not_merge_is_named(key: str) -> None:
     assert "this version" in faults(LINEAR, **{key: []})[f"$.{key}"]
 
 
-def test_slices_instead_of_models_are_one_fault() -> None:
-    assert set(faults({"merge_method": "linear", "slices": [{"sources": []}]})) == {"$.slices"}
+def test_a_slice_without_sources_is_one_fault() -> None:
+    assert set(faults({"merge_method": "linear", "slices": [{"sources": []}]})) == {"$.slices[0].sources"}
 
 
 @pytest.mark.parametrize(

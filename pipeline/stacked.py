@@ -1,0 +1,176 @@
+"""What a stack of slices means for the model as a whole: the configuration that is kept has to describe it.
+
+The configuration is that of the recipe's first source. Outside the layers the output must have the tensors that this
+model has, and its layers must be such as this model has; how many there are, and what is listed for each of them, is
+written into the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mergepipe.pipeline.stacking import View, only_in_first, within_layer
+from mergepipe.pipeline.towers import count_places
+from mergepipe.pipeline.values import layer_counts, stack_of
+
+if TYPE_CHECKING:
+    from mergepipe.storage.checkpoint import Checkpoint
+
+LISTED = frozenset({"layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers"})
+"""Keys with one value for each layer, besides all lists of words that are as long as there are layers."""
+
+NUMBERED = frozenset(
+    {"mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers"}
+)
+"""Keys that list numbers of layers."""
+
+BY_NUMBER = (
+    *("first_k_dense_replace", "decoder_sparse_step", "moe_layer_freq", "full_attention_interval"),
+    *("sliding_window_pattern", "attn_layer_period", "expert_layer_period", "interleave_moe_layer_step"),
+    *("global_attn_every_n_layers", "moe_layer_start_index", "moe_layer_interval"),
+)
+"""Keys that say by its number what a layer is: nothing can be written there for a layer that comes from elsewhere."""
+
+Layer = tuple[str, int]
+"""A model's path and the number of one of its layers."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Stack:
+    """The slices of one tower, as a whole.
+
+    Parameters
+    ----------
+    views : sequence of View
+        Of all its slices, in order.
+    path : str
+        The recipe's first source, whose configuration is kept.
+    first : Checkpoint
+    """
+
+    def __init__(self, views: Sequence[View], path: str, first: Checkpoint) -> None:
+        self.path = path
+        self.first = first
+        self.module = views[0].part.module
+        self.stack = views[0].stack or ""
+        self.views = views
+
+    @property
+    def layers(self) -> list[Layer]:
+        """For each layer of the output, the model and the layer that lend it its shape."""
+        found: list[Layer] = []
+        for view in self.views:
+            source = view.part.recipe.sources[0]
+            start, stop = view.part.ranges[source]
+            found += [(source, number) for number in range(start, stop)]
+        return found
+
+    @property
+    def count(self) -> int:
+        """Layers that the model has whose configuration is kept; 0 if it has no such stack."""
+        return layer_counts(self.first.tensors).get(self.stack, 0)
+
+    def problems(self, made: Shapes, expected: Shapes, left_out: Collection[str]) -> dict[str, str]:
+        """What the kept configuration does not describe, with remedies.
+
+        Parameters
+        ----------
+        made : mapping of str to tuple of int
+            Shapes of the tensors that the slices make, by name.
+        expected : mapping of str to tuple of int
+            Shapes of the tensors of the same tower in the first source.
+        left_out : collection of str
+            Names left out with a note.
+        """
+        remedy = f"the configuration of '{self.path}' is kept, and slices have to fit it: name another `base_model`"
+        if not self.count:
+            return {f"the slices are of '{self.stack}', of which '{self.path}' has none": remedy}
+        found = {}
+        known: dict[str, set[tuple[int, ...]]] = {}
+        for name, shape in expected.items():
+            known.setdefault(self._kind(name), set()).add(shape)
+        for name, shape in made.items():
+            shapes = known.get(self._kind(name))
+            if shapes is None:
+                found[f"the slices make '{name}', such as '{self.path}' has none"] = remedy
+            elif shape not in shapes:
+                there = " or ".join(str(shape) for shape in sorted(shapes))
+                found[f"the slices make '{name}' of {shape}, in '{self.path}' it is {there}"] = remedy
+        alone = {f"{self.stack}.0.{kind}" for kind in only_in_first(expected, self.stack)}
+        for name in expected:
+            if name not in made and name not in left_out and (stack_of(name) != self.stack or name in alone):
+                found[f"'{name}' is in '{self.path}' but in no slice"] = remedy
+        return found
+
+    def _kind(self, name: str) -> str:
+        """The same for a tensor in all layers."""
+        return "." + within_layer(name, self.stack) if stack_of(name) == self.stack else name
+
+    def changes(self, configs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+        """What changes in the first source's configuration, as nested mappings of new values, and notes.
+
+        Parameters
+        ----------
+        configs : mapping of str to mapping
+            The configuration of every source, by its path.
+        """
+        config = configs[self.path]
+        places = count_places(config, self.stack, self.module, self.count)
+        changes: dict[str, Any] = {}
+        notes: list[str] = []
+        if self.layers == [(self.path, number) for number in range(self.count)]:
+            return changes, notes
+        if not places and config and len(self.layers) != self.count:
+            notes.append(
+                f"config.json of '{self.path}' does not say that it has {self.count} layers: that there are "
+                f"{len(self.layers)} now has to be written there by hand"
+            )
+        for place in places:
+            _put(changes, place, len(self.layers))
+        for section in dict.fromkeys(place[:-1] for place in places):
+            for key, value in self._lists(section, configs).items():
+                _put(changes, (*section, key), value)
+            by_number = [key for key in BY_NUMBER if _at(config, section).get(key) not in (None, 0, 1)]
+            if by_number:
+                notes.append(f"`{'`, `'.join(by_number)}` in config.json go by a layer's number: check them")
+        return changes, notes
+
+    def _lists(self, section: tuple[str, ...], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """New values of what one part of the configuration lists for the layers."""
+        own = _at(configs[self.path], section)
+        found: dict[str, Any] = {}
+        for key, value in own.items():
+            if not isinstance(value, list):
+                continue
+            if key in NUMBERED:
+                of = {path: _at(config, section).get(key) or [] for path, config in configs.items()}
+                found[key] = [new for new, (path, old) in enumerate(self.layers) if old in of[path]]
+            elif len(value) == self.count and _is_listed(key, value):
+                lists = {path: _at(config, section).get(key) for path, config in configs.items()}
+                found[key] = [_nth(lists[path], old, value) for path, old in self.layers]
+        return found
+
+
+def _is_listed(key: str, value: list[Any]) -> bool:
+    return key in LISTED or (key != "architectures" and all(isinstance(item, str) for item in value))
+
+
+def _nth(values: object, number: int, otherwise: list[Any]) -> Any:
+    """The value for a layer; of a model that lists none, that of the first source."""
+    chosen = values if isinstance(values, list) and number < len(values) else otherwise
+    return chosen[min(number, len(chosen) - 1)]
+
+
+def _at(config: Mapping[str, Any], section: tuple[str, ...]) -> Mapping[str, Any]:
+    for key in section:
+        inner = config.get(key)
+        config = inner if isinstance(inner, Mapping) else {}
+    return config
+
+
+def _put(changes: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
+    for key in place[:-1]:
+        changes = changes.setdefault(key, {})
+    changes[place[-1]] = value
