@@ -145,6 +145,8 @@ class _Whole:
         self.checkpoints = checkpoints
         self.found = views_of(recipe, checkpoints)
         self.aligners = [_Aligner(view) for view in self.found.views]
+        places = {path: position for position, path in enumerate(recipe.sources)}
+        self.places = [[places[path] for path in aligner.recipe.sources] for aligner in self.aligners]
         self.problems = dict(self.found.problems)
         self.notes = list(self.found.notes)
 
@@ -162,7 +164,11 @@ class _Whole:
         tensors = tuple(
             self._placed(number, tensor) for number, each in enumerate(self.aligners) for tensor in each.tensors
         )
-        side = {self._place(each, i): tuple(names) for each in self.aligners for i, names in each.side.items()}
+        side = {
+            places[index]: tuple(names)
+            for each, places in zip(self.aligners, self.places, strict=True)
+            for index, names in each.side.items()
+        }
         count = sum(each.left_out for each in self.aligners)
         views = tuple(self.found.views)
         return Alignment(tensors, dict(sorted(side.items())), tuple(self.notes), count, views, config)
@@ -189,22 +195,14 @@ class _Whole:
             self.notes += notes
         return config
 
-    def _place(self, aligner: _Aligner, index: int) -> int:
-        """Position among all sources of a part's source."""
-        return self.recipe.sources.index(aligner.recipe.sources[index])
-
     def _placed(self, number: int, tensor: AlignedTensor) -> AlignedTensor:
         """A tensor of a part as one of the whole."""
-        aligner = self.aligners[number]
-        models = tuple(self._place(aligner, index) for index in tensor.models)
-        base = None if tensor.base is None else self._place(aligner, tensor.base)
-        names = {
-            self._place(aligner, index): view.tensors[tensor.name].name
-            for index, view in enumerate(aligner.checkpoints)
-            if tensor.name in view.tensors and view.tensors[tensor.name].name != tensor.name
-        }
-        source = self._place(aligner, tensor.source)
-        return replace(tensor, source=source, models=models, base=base, part=number, names=names)
+        places, views = self.places[number], self.aligners[number].checkpoints
+        models = tuple(places[index] for index in tensor.models)
+        base = None if tensor.base is None else places[tensor.base]
+        found = {place: view.tensors.get(tensor.name) for place, view in zip(places, views, strict=True)}
+        names = {place: entry.name for place, entry in found.items() if entry and entry.name != tensor.name}
+        return replace(tensor, source=places[tensor.source], models=models, base=base, part=number, names=names)
 
     def _raise(self) -> None:
         problems = dict(self.problems)

@@ -190,10 +190,10 @@ def _stack(parts: Sequence[Part], opened: Mapping[str, Checkpoint], first: Check
                 found.problems[text] = "mend `layer_range`: its end is one past the last layer taken"
     for path in paths:
         _drop_twin(parts, path, inside, opened[path], first, found)
-    alone = {path: only_in_first(inside[path], stack) for path in paths}
+    layers = {path: _by_layer(inside[path], stack) for path in paths}
     for part in parts:
         seen = tuple(
-            replace(opened[path], tensors=_renamed(part, path, inside[path], stack, alone[path], found))
+            replace(opened[path], tensors=_renamed(part, path, layers[path], stack, found))
             for path in part.recipe.sources
         )
         if any(checkpoint.tensors for checkpoint in seen):
@@ -229,23 +229,33 @@ def only_in_first(tensor_names: Iterable[str], stack: str) -> set[str]:
     return {kind for kind, where in layers.items() if several and where == {0}}
 
 
-def _renamed(part: Part, path: str, tensors: Tensors, stack: str, alone: set[str], found: Views) -> Tensors:
-    """The tensors that a part takes of one model, by their names in the output."""
-    start, stop = part.ranges[path]
-    taken: Tensors = {}
+Layers = dict[int | None, list[tuple[str, "TensorEntry"]]]
+"""The tensors of each layer, with their names in it; those outside the layers at None, with their whole names."""
+
+
+def _by_layer(tensors: Tensors, stack: str) -> Layers:
+    found: Layers = {None: []}
     for name, entry in tensors.items():
-        layer = layer_of(name)
-        if stack_of(name) == stack and layer is not None:
-            if not start <= layer < stop:
+        inside = stack_of(name) == stack
+        key, called = (layer_of(name), within_layer(name, stack)) if inside else (None, name)
+        found.setdefault(key, []).append((called, entry))
+    return found
+
+
+def _renamed(part: Part, path: str, layers: Layers, stack: str, found: Views) -> Tensors:
+    """The tensors that a part takes of one model, by their names in the output, in the order of its files."""
+    start, stop = part.ranges[path]
+    taken = {name: entry for name, entry in layers[None] if _is_in(part, name, path, found)}
+    others = {name for layer, inside in layers.items() if layer for name, _ in inside}
+    for layer in range(start, stop):
+        number = part.first_layer + layer - start
+        for rest, entry in layers.get(layer, ()):
+            if layer == 0 != number and others and rest not in others:
+                note = f"'{entry.name}' of '{path}' is left out, models have one in layer 0 only"
+                found.notes.append(f"{part.path}: {note}")
                 continue
-            rest, number = within_layer(name, stack), part.first_layer + layer - start
-            if rest in alone and number != 0:
-                found.notes.append(f"{part.path}: '{name}' of '{path}' is left out, models have one in layer 0 only")
-                continue
-            taken[".".join([stack, str(number), rest] if rest else [stack, str(number)])] = entry
-        elif _is_in(part, name, path, found):
-            taken[name] = entry
-    return taken
+            taken[f"{stack}.{number}.{rest}" if rest else f"{stack}.{number}"] = entry
+    return dict(sorted(taken.items(), key=lambda item: (item[1].file, item[1].offset)))
 
 
 def _is_in(part: Part, name: str, path: str, found: Views) -> bool:
