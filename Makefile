@@ -8,7 +8,7 @@ FARM := build/typing/mergepipe
 # mergekit is what our results are compared with, never a dependency: it has an environment of its own.
 RIVAL := .venv-mergekit
 
-.PHONY: help test test-all test-mergekit demo lint format types docs bench check clean
+.PHONY: help test test-all test-mergekit demo lint format types docs bench bench-gpu check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -58,9 +58,12 @@ docs: $(READY)  ## what the documentation says about commands, methods and the t
 	$(BIN)/python -m pytest -q tests/test_repo tests/test_cli/test_help.py $(ARGS)
 
 bench: $(READY)  ## the benchmarks at full size
-	for bench in $(basename $(notdir $(wildcard benchmarks/bench_*.py))); do \
+	for bench in $(filter-out bench_gpu,$(basename $(notdir $(wildcard benchmarks/bench_*.py)))); do \
 	  echo "== $$bench"; $(BIN)/python -m benchmarks.$$bench $(ARGS) || exit 1; \
 	done
+
+bench-gpu: $(READY)  ## a GPU against the CPU: SVD units and row scoring of 70B-sized matrices
+	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
 
 check: test lint types  ## what .ci/run runs
 

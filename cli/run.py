@@ -39,7 +39,7 @@ from mergepipe.errors import Interrupted
     default="auto",
     show_default=True,
     metavar="auto|cpu|cuda[:N]",
-    help="Where whole matrices are worked on (MDA and its relatives).",
+    help="Where whole matrices are worked on (MDA and its relatives) and rows are scored (SCF-RKL).",
 )
 @click.option("--restart", is_flag=True, help="Forget the work of earlier runs.")
 @click.option(

@@ -1,8 +1,8 @@
-"""Where whole matrices are worked on: one device for the whole of a merge, resumes included.
+"""Where whole matrices are worked on and rows are scored: one device for the whole of a merge, resumes included.
 
 A GPU may round a singular vector differently from a CPU, so rows from both must not meet in one tensor: the journal
 records the device with which work began, and going on with another one is refused. Torch is imported only here and
-where matrices are worked on, and only if there are any.
+where there is work for it: for matrices, and for rows where a GPU scores them (:mod:`mergepipe.pipeline.scoring`).
 """
 
 from __future__ import annotations

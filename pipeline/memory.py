@@ -22,6 +22,9 @@ processes beyond what units take (88 MiB before any work, 116 MiB where the kern
 TORCH_BYTES = 160 * MIB
 """What torch takes beside that, once imported and at work on one thread of each worker; measured and rounded up."""
 
+CUDA_BYTES = 768 * MIB
+"""What a CUDA context and its libraries take of this machine's own memory; generous, since drivers differ."""
+
 DEFAULT_ALLOWED = 512 * MIB
 """Ceiling of element-wise methods where none is given."""
 

@@ -189,14 +189,17 @@ def to_json(values: Mapping[str, Any]) -> bytes:
 def manifest(
     plan: Plan,
     sealed: Sequence[SealedShard],
-    densities: Mapping[str, list[float]],
+    findings: Mapping[str, dict[str, Any]],
     meter: Meter,
     workers: int,
     *,
     device: str = "cpu",
-    matrices: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The record of what was merged into what, by what, and what it took."""
+    """The record of what was merged into what, by what, and what it took.
+
+    `findings` are the records of :mod:`mergepipe.pipeline.diagnostics`, by name of the tensor.
+    """
+    with_torch = device != "cpu" or any("route" in found for found in findings.values())
     return {
         "mergepipe": plan.version,
         "plan": plan.id,
@@ -216,12 +219,12 @@ def manifest(
             }
             for shard in sealed
         ],
-        "densities": dict(sorted(densities.items())),
-        **({"matrices": dict(sorted(matrices.items()))} if matrices else {}),
+        "densities": {name: found["densities"] for name, found in sorted(findings.items()) if "densities" in found},
+        "tensors": dict(sorted(findings.items())),
         "device": device,
         "workers": workers,
         "versions": {name: version(name) for name in ("numpy", "numba", "zarr", "dask", "safetensors")}
-        | ({"torch": version("torch")} if matrices else {})
+        | ({"torch": version("torch")} if with_torch else {})
         | {"python": platform.python_version()},
         "seconds": round(meter.seconds, 3),
         "disk_bytes_read": meter.disk_read,

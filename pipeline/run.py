@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergepipe.errors import WorkspaceError
-from mergepipe.pipeline import devices, outputs, recheck
+from mergepipe.pipeline import devices, outputs, recheck, scoring
 from mergepipe.pipeline.admission import Admission
+from mergepipe.pipeline.diagnostics import Findings, remark
 from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.eventlog import EventLog
 from mergepipe.pipeline.events import (
@@ -55,17 +56,17 @@ from mergepipe.pipeline.schedule import ScheduledTensor, held_for_matrices, is_r
 from mergepipe.pipeline.shards import Shards
 from mergepipe.storage.atomic import no_room_errors
 from mergepipe.storage.direct import DirectReader
-from mergepipe.storage.journal import Journal
+from mergepipe.storage.journal import Journal, read_journal
 from mergepipe.storage.layout import OutputTensor
 from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.readers import MmapReader, Reader
 from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.storage.writer import SealedShard
-from mergepipe.tasks.method import STATISTICS_ONLY, Job, MergeMethod, State
+from mergepipe.tasks.method import Job, MergeMethod, State
 from mergepipe.tasks.nodes import MatrixWork, Nowhere, TensorCopy, TensorSource, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
-from mergepipe.tasks.subspace.report import readable
+from mergepipe.tasks.rows_torch import Scorer
 
 Verify = Literal["none", "sample", "full"]
 ReaderKind = Literal["auto", "mmap", "direct"]
@@ -112,7 +113,8 @@ def run(
     workers : int, optional
         Threads that compute; one per processor by default.
     device : str
-        'cpu', 'cuda', 'cuda:N', or 'auto' for the first GPU if there is one: where whole matrices are worked on.
+        'cpu', 'cuda', 'cuda:N', or 'auto' for the first GPU if there is one: where whole matrices are worked on, and
+        rows scored (by 'auto' only if the ceiling has room for that).
     reader : {'auto', 'mmap', 'direct'}
         How inputs are read: through windows onto the page cache, or past it; past it where all filesystems allow that.
     sha256 : bool
@@ -169,9 +171,7 @@ def run(
             ended = stop or threading.Event()
             job = _Run(plan, workspace, memory, workers, device, reader, sha256, on_shard, ended, announce)
             sealed = job.execute(verify)
-        manifest = outputs.manifest(
-            plan, sealed, job.densities, meter, job.workers, device=job.device, matrices=job.matrices
-        )
+        manifest = outputs.manifest(plan, sealed, job.findings.records, meter, job.workers, device=job.device)
         for number, entry in enumerate(manifest["shards"]):
             if number in job.shards.handed:
                 entry["handed_over"] = True
@@ -232,19 +232,30 @@ class _Run:
         self.scheduled = schedule(plan, ceiling, gathered=gathered)
         self._whole = any(item.held for item in self.scheduled)
         self._asked_device = device
+        self._staging = scoring.staging_bytes(plan)
+        self._scoring = self._settle_scoring(ceiling, gathered) if self._staging else "cpu"
         self._drivers = Drivers(stop, f"`mergepipe run --work {workspace.root}` goes on with it")
         self._admission = Admission(held_for_matrices(self.scheduled, ceiling.allowed), self._drivers.check_stop)
         self._element_wise = threading.BoundedSemaphore(TENSORS_IN_FLIGHT)
         self._pool_bytes = pool_bytes(self.scheduled)
         self.layout = plan.layout()
         self.folder = Path(plan.output)
-        self.densities: dict[str, list[float]] = {}
-        self.matrices: dict[str, dict[str, Any]] = {}
         self._direct = direct
         self._reader: Reader = DirectReader(self._pool_bytes) if direct else MmapReader()
         self._buffers = WorkerBuffers()
         self._lock = threading.Lock()
         self._works: dict[int, TensorWork | TensorCopy] = {}
+
+    def _settle_scoring(self, ceiling: Ceiling, gathered: Sequence[bool]) -> str:
+        """Where rows are scored, and the schedule if that is not the CPU."""
+        recorded = Progress.replay(read_journal(self.workspace.journal_file)).device
+        room = partial(scoring.fits, self.plan, ceiling, gathered, staging=self._staging)
+        device = scoring.device_for(self._asked_device, recorded, room, bound=not self._whole)
+        if device != "cpu":
+            self.scheduled = scoring.schedule_with(self.plan, ceiling, gathered, device, self._staging)
+        elif not self._whole:
+            self._asked_device = "cpu"
+        return device
 
     def execute(self, verify: Verify) -> list[SealedShard]:
         """Do everything up to the sealing of the last shard."""
@@ -256,7 +267,7 @@ class _Run:
             self.shards = self._new_shards()
             try:
                 self.shards.open()
-                with devices.one_thread(self._whole):
+                with devices.one_thread(self._whole or self._scorer is not None):
                     sealed = self._compute()
             finally:
                 self.shards.close()
@@ -285,6 +296,7 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [tensor.name for tensor in self.plan.tensors]
         self._statistics = StatisticsStore(self.workspace.statistics, names, resume=began)
+        self.findings = Findings(names, self._statistics, self._where)
         if torn:
             self.announce(Note(f"dropped a damaged end of {torn:,} bytes from the journal: that work is done again"))
         self._journal.append([begin_record()] if began else [plan_record(self.plan), begin_record()])
@@ -296,11 +308,14 @@ class _Run:
         return progress
 
     def _settle_device(self) -> None:
-        """Whole matrices are worked on where earlier runs of this plan did."""
-        recorded = self._progress.device
-        self.device = devices.choose(self._asked_device, recorded, needed=self._whole)
-        if self._whole and recorded is None:
+        """Whole matrices are worked on, and rows scored, where earlier runs of this plan did."""
+        recorded, needed = self._progress.device, self._whole or bool(self._staging)
+        self.device = devices.choose(self._asked_device, recorded, needed=needed)
+        if needed and recorded is None:
             self._journal.append([devices.device_record(self.device)])
+        self._scorer: Scorer | None = None
+        if self._scoring != "cpu":
+            self._scorer = Scorer(self._scoring, max(self._staging.values()))
 
     def _redo_damaged(self, progress: Progress, verify: Verify) -> None:
         """Forget what can't be believed: first in the journal, then on disk, so that a name never stands for damage."""
@@ -359,7 +374,7 @@ class _Run:
         for number, item in enumerate(self.scheduled):
             state = self._progress.states.get(number)
             if state is not None:
-                self._keep(number, state)
+                self.findings.keep(number, state)
             if self.shards.is_sealed(number):
                 continue
             rest = remaining(item, self._progress.written.get(number, ()))
@@ -390,7 +405,7 @@ class _Run:
             self.shards.committer.record(round_record(*which, self._rounds.finish(which)))
         for number in (member for group in self._rounds.groups for member in group.numbers):
             if number not in self._progress.states:
-                self._keep(number, self._rounds.state_of(number))
+                self.findings.keep(number, self._rounds.state_of(number))
 
     def _sweep(self, which: RoundId, pool: ThreadPoolExecutor, bundle: Sequence[int]) -> None:
         """One round over some tensors."""
@@ -417,6 +432,7 @@ class _Run:
             resident=self._is_resident(number),
             shared=self._rounds.state_of(number),
             sweeps=group.rounds[which[1]].reductions(job),
+            scorer=self._scorer,
         )
         work.begin()
         return tensor_graph(tensor.name, work, lambda _name, _sweeps: work.end())
@@ -472,7 +488,14 @@ class _Run:
             on_state=lambda state: self._found(number, state),
             resident=self._is_resident(number),
             shared=self._rounds.state_of(number),
+            scorer=self._scorer,
         )
+
+    def _where(self, number: int) -> str:
+        """The device that a tensor is worked on with."""
+        if self.scheduled[number].held:
+            return self.device
+        return self._scoring if number in self._staging else "cpu"
 
     def _inputs(self, number: int) -> tuple[Job, MergeMethod, TensorSource | None, list[TensorSource], str]:
         tensor = self.plan.tensors[number]
@@ -493,27 +516,11 @@ class _Run:
 
     def _found(self, number: int, state: State) -> None:
         """The reductions of a tensor are done: keep what they found, here and for a resume."""
-        lost = readable(state).get("directions_lost", 0)
-        if lost:
-            self.announce(
-                Note(
-                    f"'{self.plan.tensors[number].name}': {lost} of the directions asked for are zero or follow from "
-                    f"others (a model equal to another or to the base, or a low-rank update): they are left out"
-                )
-            )
+        if text := remark(self.plan.tensors[number].name, state):
+            self.announce(Note(text))
         self._statistics.put(number, state)
-        self._keep(number, state)
+        self.findings.keep(number, state)
         self.shards.committer.add_record(state_record(number, state))
-
-    def _keep(self, number: int, state: State) -> None:
-        self._statistics.put(number, {name: value for name, value in state.items() if name not in STATISTICS_ONLY})
-        if "densities" in state:
-            name = self.plan.tensors[number].name
-            with self._lock:
-                self.densities[name] = [float(density) for density in state["densities"]]
-        if found := readable(state):
-            with self._lock:
-                self.matrices[self.plan.tensors[number].name] = found
 
     def _finish(self, number: int) -> None:
         """A tensor is complete."""

@@ -7,14 +7,15 @@ See :mod:`mergepipe.tasks.fusion`; what ``scope: model`` asks of the whole model
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from mergepipe.tasks import kernels, rows
+from mergepipe.tasks import fusion_torch, kernels, rows
 from mergepipe.tasks.fusion import Settings, Stage, primary_of, score, score_rows, settled_score, stages
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, block_elements
+from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.select import (
     FINE_BINS,
     TOP_BINS,
@@ -132,6 +133,10 @@ class Divergences:
             if accumulator.counts is not None:
                 score_rows(settings, primary, tile.values[donor], width, found, tile.scratch[0])
                 count_top(tile.scratch[0], accumulator.counts[j])
+
+    def offload(self, job: Job, state: State, accumulator: Accumulator, tiles: Iterable[Tile], scorer: Scorer) -> None:
+        """Add a run of tiles with the help of another device."""
+        fusion_torch.measure(self.stage, job, state, accumulator, tiles, scorer)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``_rows_*``, ``_energy_*`` and the selection."""

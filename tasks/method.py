@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -403,6 +403,18 @@ class Round(Protocol):
         self, jobs: Sequence[Job], shared: Shared, counts: Array | None, values: Sequence[Array | None]
     ) -> Shared:
         """New entries for the shared state; `shared` is that of the rounds before."""
+
+
+class Offloading(Reduction, Protocol):
+    """A reduction that another device can help with, to the same bits."""
+
+    def offload(self, job: Job, state: State, accumulator: Accumulator, tiles: Iterable[Tile], scorer: Any) -> None:
+        """Add a run of tiles, in ascending order; `scorer` is a :class:`mergepipe.tasks.rows_torch.Scorer`."""
+
+
+def can_offload(reduction: Reduction) -> TypeGuard[Offloading]:
+    """Whether another device can help with a reduction."""
+    return hasattr(reduction, "offload")
 
 
 class MatrixSolver(Protocol):

@@ -35,9 +35,11 @@ from mergepipe.tasks.method import (
     StoredKernel,
     Tile,
     block_bounds,
+    can_offload,
     expected_reads,
     no_stored,
 )
+from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.subspace.declare import thin
 from mergepipe.tasks.subspace.panels import Made, blocks_of, rows_of
 
@@ -153,6 +155,8 @@ class TensorWork:
         What rounds have found out about the whole model: the reductions start from it.
     sweeps : sequence of Reduction, optional
         For a sweep of a round: its reductions, in place of the method's.
+    scorer : Scorer, optional
+        A device that helps with the reductions that can do with one.
     """
 
     steps: tuple[str, ...] = ()
@@ -176,6 +180,7 @@ class TensorWork:
         resident: bool = True,
         shared: State | None = None,
         sweeps: Sequence[Reduction] | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         self.job = job
         self.method = method
@@ -194,6 +199,7 @@ class TensorWork:
         self._buffers = buffers
         self._stop = stop
         self._report = report
+        self._scorer = scorer
         self._lock = threading.Lock()
         self._all_bf16 = all(source.dtype == "BF16" for source in self.sources) and job.work == np.float32
         self._accumulators: dict[int, Accumulator] = {}
@@ -236,7 +242,10 @@ class TensorWork:
         # Not every reduction has a way to count stored bits.
         stored = getattr(reduction, "stored", no_stored)(self.job, self.state) if self._all_bf16 else None
         for blocks in self._looked_at(reduction, self.sweep_units[unit]):
-            if stored is None or not self._run_stored(stored, blocks, mine.counts, last=not self._resident):
+            if self._scorer is not None and can_offload(reduction):
+                tiles = self._tiles(blocks, last=not self._resident)
+                reduction.offload(self.job, self.state, mine, tiles, self._scorer)
+            elif stored is None or not self._run_stored(stored, blocks, mine.counts, last=not self._resident):
                 for tile in self._tiles(blocks, last=not self._resident):
                     reduction.update(self.job, self.state, mine, tile)
         if counts is not None and counts is not total.counts:
@@ -458,7 +467,8 @@ class MatrixWork(TensorWork):
         blocks = blocks_of(self._shape, span)
         self._panels.add(blocks)
         start, stop = self._bounds(blocks)
-        rows = np.empty(stop - start, np.float64)
+        # What goes to another device goes in the working type, and is widened there.
+        rows = np.empty(stop - start, np.float64 if self._device == "cpu" else self.job.work)
         # A sparsifier's mask takes all models at once; without one only this model is read.
         thins = self.job.sparsify != "none"
         work = self if thins else self._single(model)
@@ -466,7 +476,7 @@ class MatrixWork(TensorWork):
             if thins:
                 thin(self.job, self.state, tile)
             rows[tile.start - start :][: tile.values.shape[1]] = tile.values[model if thins else 0]
-        return torch.from_numpy(rows.reshape(-1, self._shape[1])).to(self._device)
+        return torch.from_numpy(rows.reshape(-1, self._shape[1])).to(self._device).to(torch.float64)
 
     def _single(self, model: int) -> TensorWork:
         """The same tensor as if only one model was merged."""

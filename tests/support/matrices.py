@@ -15,6 +15,10 @@ from support.drive import make_job
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
+DEVICE = "cpu"
+"""Where :func:`solve` works; the fixture `device` sets it."""
+
+
 def random_deltas(rows: int, columns: int, models: int, seed: int = 0, rank: int | None = None) -> list[Matrix]:
     """Task vectors with a part that all share and a falling spectrum; of low rank if asked for."""
     rng = np.random.default_rng(seed)
@@ -33,9 +37,10 @@ def solve(
     params: Mapping[str, Any] | None = None,
     *,
     tensor: str = "layer.weight",
-    device: str = "cpu",
+    device: str | None = None,
 ) -> tuple[Matrix, State]:
-    """The update that a method makes of task vectors, and what it found out."""
+    """The update that a method makes of task vectors, and what it found out; on `DEVICE` unless one is named."""
+    device = device or DEVICE
     shape = (deltas[0].shape[0], deltas[0].shape[1])
     method, job = make_job(name, shape, np.float64, [{} for _ in deltas], params, tensor=tensor)
     matrix = method.whole(job)

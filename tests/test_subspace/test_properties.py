@@ -18,6 +18,8 @@ from support import matrices as whole
 from support.drive import make_job
 from support.matrices import random_deltas, solve
 
+pytestmark = pytest.mark.usefixtures("device")
+
 WHOLE = sorted(name for name, method in METHODS.items() if method.matrix is not None)
 
 

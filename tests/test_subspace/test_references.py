@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from support import matrices as whole
+from support.gpu import needs_cuda
 from support.matrices import Matrix, random_deltas, solve
+
+pytestmark = pytest.mark.usefixtures("device")
 
 REFERENCES: dict[str, tuple[str, dict[str, Any], Callable[[list[Matrix]], Matrix]]] = {
     "mda": ("mda", {}, whole.mda),
@@ -95,12 +98,12 @@ def test_randomized_leaves_higher_ranks_to_the_exact_route() -> None:
     assert found["subspace_route"][0] == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@needs_cuda
 @pytest.mark.parametrize("svd", ["full", "gram"])
 @pytest.mark.parametrize("name", ["mda", "tsv_m", "iso_c", "iso_cts", "dc_merge"])
 def test_cuda_agrees_with_the_cpu(name: str, svd: str) -> None:
     deltas = random_deltas(48, 80, 3)
-    on_cpu, _ = solve(name, deltas, {"svd": svd})
+    on_cpu, _ = solve(name, deltas, {"svd": svd}, device="cpu")
     on_gpu, _ = solve(name, deltas, {"svd": svd}, device="cuda:0")
     assert np.linalg.norm(on_gpu - on_cpu) <= 1e-8 * np.linalg.norm(on_cpu)
 

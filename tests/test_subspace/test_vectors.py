@@ -9,6 +9,8 @@ from mergepipe.tasks.subspace.frames import nearest
 from mergepipe.tasks.subspace.route import FULL_ELEMENTS
 from support.matrices import Matrix, random_deltas, solve
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SPEC = [
     [[-8,0,-1,9,15],[1,-7,11,-7,11],[-6,13,-7,-1,1],[4,-7,14,8,8],[-11,12,-14,-1,-1],[8,-13,-5,0,13]],
     [[1,-2,-7,-5,15],[-14,-4,-3,-9,10],[-15,-16,-15,-8,-14],[-11,8,14,1,-6],[-8,0,-9,6,-8],[11,13,-8,-7,-9]],
