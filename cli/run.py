@@ -54,6 +54,11 @@ from mergepipe.errors import Interrupted
     metavar="CMD",
     help="Shell command that takes over each complete output file, named by {path} in it.",
 )
+@click.option(
+    "--diagnostics",
+    is_flag=True,
+    help="Read output and base again in the end: how norms, row entropies and directions have changed.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @json_option
 def command(
@@ -66,6 +71,7 @@ def command(
     restart: bool,
     sha256: str,
     on_shard: str | None,
+    diagnostics: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -92,6 +98,7 @@ def command(
             verify=verify,
             restart=restart,
             on_shard=on_shard,
+            diagnostics=diagnostics,
             stop=stop,
             on_event=listener,
         )

@@ -239,12 +239,17 @@ def publish(plan: Plan, record: Mapping[str, Any]) -> None:
     changes = plan.config | ({"torch_dtype": plan.dtype} if plan.dtype else {})
     copy_sidecars(Path(plan.models[plan.sidecar].path), folder, changes)
     write_atomic(folder / CARD_NAME, model_card(plan).encode())
-    write_atomic(folder / MANIFEST_NAME, to_json(record))
+    replace_manifest(plan, record)
     index = plan.layout().index
     if index is None:
         publish_part(folder / "model.safetensors")
     else:
         write_atomic(folder / INDEX_NAME, to_json(index))
+
+
+def replace_manifest(plan: Plan, record: Mapping[str, Any]) -> None:
+    """Write the manifest of a finished output anew, whole or not at all."""
+    write_atomic(Path(plan.output) / MANIFEST_NAME, to_json(record))
 
 
 def finished(plan: Plan) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergepipe.errors import WorkspaceError
-from mergepipe.pipeline import devices, outputs, recheck, scoring
+from mergepipe.pipeline import changes, devices, outputs, recheck, scoring
 from mergepipe.pipeline.admission import Admission
 from mergepipe.pipeline.diagnostics import Findings, remark
 from mergepipe.pipeline.drive import Drivers
@@ -99,6 +99,7 @@ def run(
     verify: Verify = "sample",
     restart: bool = False,
     on_shard: str | None = None,
+    diagnostics: bool = False,
     stop: threading.Event | None = None,
     on_event: Listener | None = None,
 ) -> Result:
@@ -126,6 +127,9 @@ def run(
     on_shard : str, optional
         A command for the shell that takes each complete shard over, `{path}` in it being the file; see
         :mod:`mergepipe.pipeline.handover`. Only a few unfinished shards take up disk space then.
+    diagnostics : bool
+        Read output and base once more in the end, and put into the manifest how each tensor has changed; see
+        :mod:`mergepipe.pipeline.changes`. Of a merge that is finished, too.
     stop : threading.Event, optional
         Set it (from a signal handler, say) to end the run: units at work are finished and committed first.
     on_event : callable, optional
@@ -159,26 +163,49 @@ def run(
         announce = Announcer(log)
         plan = Plan.from_json(workspace.read_plan())
         _check_version(plan, workspace)
+        ended = stop or threading.Event()
+        ceiling = Ceiling(parse_bytes(memory) if memory is not None else plan.allowed, workers or cpu_count())
+        if diagnostics:
+            changes.check(plan, ceiling, on_shard)
         complete = None if restart else outputs.finished(plan)
         if complete is not None:
             _hand_over_single(plan, workspace, on_shard)
-            announce(Note(f"'{plan.output}' is complete already: nothing to do"))
+            if diagnostics and not changes.are_in(complete):
+                at = devices.choose(device, complete["device"] if device == "auto" else None, needed=True)
+                _compare(complete, plan, workspace, ceiling, at, ended, announce)
+                outputs.replace_manifest(plan, complete)
+            else:
+                announce(Note(f"'{plan.output}' is complete already: nothing to do"))
             return Result(Path(plan.output), complete)
         if restart and workspace.begun():
             outputs.remove_work(plan)
             workspace.forget_progress()
         with Meter() as meter:
-            ended = stop or threading.Event()
-            job = _Run(plan, workspace, memory, workers, device, reader, sha256, on_shard, ended, announce)
+            job = _Run(plan, workspace, ceiling, device, reader, sha256, on_shard, ended, announce)
             sealed = job.execute(verify)
         manifest = outputs.manifest(plan, sealed, job.findings.records, meter, job.workers, device=job.device)
         for number, entry in enumerate(manifest["shards"]):
             if number in job.shards.handed:
                 entry["handed_over"] = True
+        if diagnostics:
+            _compare(manifest, plan, workspace, ceiling, job.device, ended, announce)
         outputs.publish(plan, manifest)
         _hand_over_single(plan, workspace, on_shard)
         announce(RunFinished(plan.output, meter.seconds))
     return Result(Path(plan.output), manifest)
+
+
+def _compare(
+    manifest: dict[str, Any],
+    plan: Plan,
+    workspace: Workspace,
+    ceiling: Ceiling,
+    device: str,
+    stop: threading.Event,
+    announce: Announcer,
+) -> None:
+    """Add to a manifest how the tensors have changed."""
+    changes.add_to(manifest, changes.Survey(plan, workspace, ceiling, device, stop, announce).make())
 
 
 def _check_version(plan: Plan, workspace: Workspace) -> None:
@@ -207,8 +234,7 @@ class _Run:
         self,
         plan: Plan,
         workspace: Workspace,
-        memory: str | int | None,
-        workers: int | None,
+        ceiling: Ceiling,
         device: str,
         reader: ReaderKind,
         sha256: bool,
@@ -219,14 +245,13 @@ class _Run:
         self.plan = plan
         self.workspace = workspace
         self.announce = announce
-        self.workers = workers or cpu_count()
+        self.workers = ceiling.workers
         self.sha256 = sha256
         self.on_shard = on_shard
         self.manifests = [
             ChunkManifest.load(workspace.manifest_file(number, model.label)) for number, model in enumerate(plan.models)
         ]
         check_inputs(self.manifests)
-        ceiling = Ceiling(parse_bytes(memory) if memory is not None else plan.allowed, self.workers)
         direct = reader == "direct" or (reader == "auto" and all_direct(self.manifests))
         gathered = [direct or not manifest.is_mappable for manifest in self.manifests]
         self.scheduled = schedule(plan, ceiling, gathered=gathered)

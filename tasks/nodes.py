@@ -320,6 +320,14 @@ class TensorWork:
         start, stop = block_bounds(self.job.shape, 0)
         return stop - start
 
+    def decoded(self, blocks: tuple[int, int]) -> Array:
+        """The values of the first model in a run of blocks: a new float64 array, shape (n,)."""
+        start, stop = self._bounds(blocks)
+        out = np.empty(stop - start, np.float64)
+        for tile in self._tiles(blocks, last=False):
+            out[tile.start - start :][: tile.values.shape[1]] = tile.values[0]
+        return out
+
     def _accumulator(self, sweep: int, reduction: Reduction) -> Accumulator:
         with self._lock:
             if sweep not in self._accumulators:
