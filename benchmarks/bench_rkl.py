@@ -1,7 +1,7 @@
-"""SCF-RKL on one thread and in memory: nanoseconds per element of its row statistics, its sweeps and its kernel.
+"""SCF-RKL on one thread and in memory: its row statistics, its sweeps and its kernel, in ns and bytes per second.
 
-The yardstick, in the same run, is the copy of the same bfloat16 bytes: what a sweep reads and, for the kernel, what it
-writes. Rows are as wide as those of common matrices, and as a vocabulary.
+The yardstick, in the same run, is memcpy, in bytes read and written per second on both sides. Rows are as wide as those
+of common matrices, and as a vocabulary.
 """
 
 from __future__ import annotations
@@ -76,13 +76,10 @@ def main(size: int, donors: int, repeats: int, quick: bool, json_path: Path | No
     report = Report("rkl", {"size": size, "donors": donors, "repeats": repeats})
     streams = random_streams(size, donors)
     report_rows(report, streams, repeats)
-    copies = np.empty_like(streams[0])
-    copy = report.add(
-        "copy of one bf16 tensor", nanoseconds(partial(np.copyto, copies, streams[0]), size, repeats), "ns"
-    )
+    memcpy = report.memcpy(streams[0], repeats)
     for width in (4096, size // 2):
         for importance in ("delta_kl", "pointwise"):
-            report_merge(report, Fusion(streams, (size // width, width), importance), copy, repeats)
+            report_merge(report, Fusion(streams, (size // width, width), importance), memcpy, repeats)
     report.save(json_path)
 
 
@@ -98,17 +95,20 @@ def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
         report.add(f"row divergence, rows of {width}", times, "ns")
 
 
-def report_merge(report: Report, fusion: Fusion, copy: float, repeats: int) -> None:
+def report_merge(report: Report, fusion: Fusion, memcpy: float, repeats: int) -> None:
     """Every sweep of a merge and its kernel, decoding included."""
-    size, width = fusion.job.size, fusion.job.shape[-1]
+    size, width, read = fusion.job.size, fusion.job.shape[-1], 2 * len(fusion.streams)
     what = f"{fusion.job.params['importance']}, rows of {width}"
     total = 0.0
     for reduction in fusion.method.reductions(fusion.job):
         times = nanoseconds(partial(fusion.sweep, reduction), size, repeats)
         total += report.add(f"{what}: {reduction.name}", times, "ns")
+        report.add_rate(f"{what}: {reduction.name}", times, read, memcpy)
         fusion.state = fusion.state | fusion.found
-    total += report.add(f"{what}: kernel", nanoseconds(fusion.apply, size, repeats), "ns")
-    report.add(f"{what}: whole merge / copy of one input", total / copy, "x")
+    times = nanoseconds(fusion.apply, size, repeats)
+    total += report.add(f"{what}: kernel", times, "ns")
+    report.add_rate(f"{what}: kernel", times, read + 2, memcpy)
+    report.add(f"{what}: whole merge", total, "ns")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 _LIBRARIES = ("mergepipe", "numpy", "numba", "dask", "zarr", "torch", "safetensors", "ml_dtypes")
 
@@ -52,6 +55,20 @@ class Report:
         spread = f"   ({min(listed):.4g} to {max(listed):.4g})" if len(listed) > 1 else ""
         click.echo(f"{name:<58} {median:>10.4g} {unit}{spread}")
         return median
+
+    def add_rate(self, name: str, times_ns: Sequence[float], nbytes: int, memcpy: float) -> None:
+        """Add the rate of what moves `nbytes` per element in these times per element, and what it is of memcpy's."""
+        rate = self.add(name, [nbytes / time_ns for time_ns in times_ns], "GB/s")
+        self.add(f"{name} / memcpy", rate / memcpy, "x")
+
+    def memcpy(self, values: NDArray[Any], repeats: int) -> float:
+        """Add the rate of a copy, in bytes read and written per second, in GB/s."""
+        copies, times = np.empty_like(values), []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            np.copyto(copies, values)
+            times.append(time.perf_counter() - began)
+        return self.add("memcpy, read and written", [2e-9 * values.nbytes / took for took in times[1:]], "GB/s")
 
     def save(self, path: Path | None) -> None:
         """Write everything as JSON, if a path is given."""
