@@ -19,6 +19,9 @@ from mergepipe.tasks.thinning import apply_cut, cut, plain_cut
 
 SCRATCH_ROWS = 2
 
+ROUNDS_READ = (*weighting.READ, "consensus")
+"""What :func:`rounds` depends on."""
+
 SMALLEST_DIVISOR = 1e-8
 """Weights that add up to less do not divide (mergekit's rule)."""
 

@@ -41,6 +41,9 @@ PARAMETERS = (
     ),
 )  # fmt: skip
 
+READ = tuple(parameter.name for parameter in PARAMETERS)
+"""What the rounds depend on: tensors that differ in it are not of one group."""
+
 
 def weight(doc: str) -> Parameter:
     """The parameter `weight` of a method that can take its weights from here."""

@@ -24,6 +24,7 @@ METHOD = MergeMethod(
     stored=family.stored,
     reductions=family.reductions,
     rounds=family.rounds,
+    rounds_read=family.ROUNDS_READ,
     trim="breadcrumbs",
     scratch_rows=family.SCRATCH_ROWS,
     paper=Paper(

@@ -29,6 +29,7 @@ METHOD = MergeMethod(
     kernel=_HOST.apply,
     reductions=_HOST.reductions,
     rounds=weighting.rounds,
+    rounds_read=weighting.READ,
     scratch_rows=family.SCRATCH_ROWS,
     paper=Paper("Language Models are Super Mario", "https://arxiv.org/abs/2311.03099"),
 )

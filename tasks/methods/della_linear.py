@@ -31,6 +31,7 @@ METHOD = MergeMethod(
     kernel=_HOST.apply,
     reductions=_HOST.reductions,
     rounds=weighting.rounds,
+    rounds_read=weighting.READ,
     scratch_rows=family.SCRATCH_ROWS,
     paper=Paper("DELLA-Merging: Reducing Interference in Model Merging", "https://arxiv.org/abs/2406.11617"),
 )

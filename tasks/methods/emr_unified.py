@@ -59,7 +59,8 @@ def _sums(values: Array, unified: Array, sums: Array) -> None:
         for i in range(unified.size):
             value, common = np.float64(values[k, i]), np.float64(unified[i])
             own += abs(value)
-            masked += abs(common) if value * common > 0 else 0.0
+            same = ((value > 0) & (common > 0)) | ((value < 0) & (common < 0))
+            masked += abs(common) if same else 0.0
         sums[k, 0] = own
         sums[k, 1] = masked
 

@@ -62,5 +62,6 @@ METHOD = MergeMethod(
     stored=_stored,
     reductions=_reductions,
     rounds=weighting.rounds,
+    rounds_read=weighting.READ,
     paper=Paper("Model soups: averaging weights of multiple fine-tuned models", "https://arxiv.org/abs/2203.05482"),
 )

@@ -17,6 +17,7 @@ import numpy as np
 
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.tasks import task_vectors as family
+from mergepipe.tasks import weighting
 from mergepipe.tasks.gram import Gram, add_up, thin
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Parameter, Reduction, State, Tile
@@ -61,6 +62,7 @@ class MeanLength:
         """Whether the directions nearly cancel."""
         if "gram" not in state or "mean_square" in state or job.models == 1:
             return False
+        job = weighting.weighted(job, state)
         factors, _ = _directions(job, state["gram"])
         whole = float(np.abs(factors) @ np.sqrt(np.diagonal(state["gram"])))
         return whole > 0 and _length(factors, state["gram"]) < CANCELLING * whole
@@ -73,6 +75,7 @@ class MeanLength:
         """Add one tile."""
         assert accumulator.blocks is not None
         thin(job, state, tile)
+        job = weighting.weighted(job, state)
         accumulator.blocks[tile.index, 0] = _square(tile.values, _directions(job, state["gram"])[0])
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
@@ -112,7 +115,7 @@ def _reductions(job: Job) -> tuple[Reduction, ...]:
 
 def _apply(job: Job, state: State, tile: Tile, out: Array) -> None:
     thin(job, state, tile)
-    add_up(job, tile, _factors(job, state), out)
+    add_up(job, tile, _factors(weighting.weighted(job, state), state), out)
 
 
 METHOD = MergeMethod(
@@ -122,11 +125,14 @@ METHOD = MergeMethod(
     base="optional",
     space="deltas",
     parameters=(
-        Parameter("weight", "number", "weight of a model", per_model=True),
+        weighting.weight("weight of a model"),
+        *weighting.PARAMETERS,
         Parameter("normalize_weights", "flag", "divide the weights by their sum", default=True),
         Parameter("eps", "number", "length below which there is no direction", default=1e-8, minimum=0),
     ),
     kernel=_apply,
     reductions=_reductions,
+    rounds=weighting.rounds,
+    rounds_read=weighting.READ,
     paper=Paper("Multi-SLERP", "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea"),
 )

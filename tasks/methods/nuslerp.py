@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mergepipe.tasks import kernels
+from mergepipe.tasks import kernels, weighting
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.columns import ColumnDots, Peaks, blend_columns, column_count
 from mergepipe.tasks.gram import Gram, add_up, add_up_rows, row_grams, thin
@@ -67,7 +67,7 @@ def _reductions(job: Job) -> tuple[Reduction, ...]:
 
 def _apply(job: Job, state: State, tile: Tile, out: Array) -> None:
     thin(job, state, tile)
-    along, t = _along(job), _t(job)
+    along, t = _along(job), _t(weighting.weighted(job, state))
     if along == "columns":
         left, right = tile.values
         blend_columns(left, right, tile.start % column_count(job), factors(t, state["_columns"]), out)
@@ -86,12 +86,15 @@ METHOD = MergeMethod(
     base="optional",
     space="deltas",
     parameters=(
-        Parameter("weight", "number", "weight of a model; only their ratio counts", per_model=True),
+        weighting.weight("weight of a model; only their ratio counts"),
+        *weighting.PARAMETERS,
         Parameter("nuslerp_flatten", "flag", "take each tensor as one vector", default=True),
         Parameter("nuslerp_row_wise", "flag", "without nuslerp_flatten: vectors along the first axis", default=False),
     ),
     kernel=_apply,
     reductions=_reductions,
+    rounds=weighting.rounds,
+    rounds_read=weighting.READ,
     min_models=2,
     max_models=2,
 )

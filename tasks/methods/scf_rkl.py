@@ -14,7 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mergepipe.tasks import fusion, fusion_rounds, fusion_sweeps
+import numpy as np
+
+from mergepipe.tasks import fusion, fusion_rounds, fusion_sweeps, kernels
 from mergepipe.tasks.fusion import Settings
 from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, Reduction, Round, State, Tile
 
@@ -23,7 +25,7 @@ READ = ("direction", "importance", "threshold", "quantile", "multi", "tie_rule",
 
 
 def _excluded(job: Job) -> bool:
-    """Whether the tensor is taken from the primary as it is."""
+    """Whether nothing of the tensor is selected."""
     include, exclude = job.params["include"], job.params["exclude"]
     outside = bool(include) and not any(re.search(pattern, job.name) for pattern in include)
     return outside or any(re.search(pattern, job.name) for pattern in exclude)
@@ -44,9 +46,20 @@ def _rounds(jobs: Sequence[Job]) -> tuple[Round, ...]:
 def _apply(job: Job, state: State, tile: Tile, out: Array) -> None:
     assert tile.base is not None
     if _excluded(job):
-        out[:] = tile.base
+        _leave_out(job, tile, out)
     else:
         fusion.apply(_settings(job), job, state, tile, out)
+
+
+def _leave_out(job: Job, tile: Tile, out: Array) -> None:
+    """An excluded tensor: the primary's own, or that moved by the mean of the donors' differences."""
+    assert tile.base is not None
+    if job.params["excluded_from"] == "primary":
+        out[:] = tile.base
+        return
+    np.subtract(tile.values, tile.base, out=tile.values)
+    kernels.sum_many(tile.values, np.ones(job.models, job.work), float(job.models), out)
+    kernels.put_on_base(tile.base, 1.0, out)
 
 
 METHOD = MergeMethod(
@@ -86,9 +99,10 @@ METHOD = MergeMethod(
             default="skip", choices=("skip", "abs"),
         ),
         Parameter("include", "patterns", "tensors to fuse; if empty, all that are not excluded", default=()),
-        Parameter("exclude", "patterns", "tensors to take from the primary as they are", default=()),
+        Parameter("exclude", "patterns", "tensors to leave out", default=()),
         Parameter(
-            "excluded_from", "choice", "whose values excluded tensors take", default="primary", choices=("primary",)
+            "excluded_from", "choice", "excluded tensors: the primary's, or with the mean of the donors' differences",
+            default="primary", choices=("primary", "average"),
         ),
     ),
     kernel=_apply,

@@ -28,6 +28,7 @@ METHOD = MergeMethod(
     stored=family.stored,
     reductions=family.reductions,
     rounds=family.rounds,
+    rounds_read=family.ROUNDS_READ,
     trim="magnitude",
     scratch_rows=family.SCRATCH_ROWS,
     paper=Paper("TIES-Merging: Resolving Interference When Merging Models", "https://arxiv.org/abs/2306.01708"),

@@ -201,6 +201,38 @@ def test_weights_from_norms(tmp_path: Path, host: str, norms: str) -> None:
         np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("first", ["tensor", "model"])
+def test_tensors_of_other_norms_are_another_group(tmp_path: Path, first: str) -> None:
+    """Whichever comes first in the plan, what a rule says of some tensors leaves the weights of the others alone."""
+    base, experts = whole.family(3, shapes={"a": (30,), "b": (40,), "c": (5, 6)})
+    rule = {"match": "^a$" if first == "tensor" else "^c$", "parameters": {"nan_norms": "tensor"}}
+    recipe = {"merge_method": "linear", "parameters": {"weighting": "nan"}, "rules": [rule]}
+    found = whole.merged(tmp_path, base, experts, recipe)
+    alone = "a" if first == "tensor" else "c"
+    rest = [name for name in base if name != alone]
+    together = whole.nan_weights([np.concatenate([e[name].ravel() for name in rest]) for e in experts])
+    for name in base:
+        weights = whole.nan_weights([e[name] for e in experts]) if name == alone else together
+        expected = sum(w * e[name] for w, e in zip(weights, experts, strict=True))
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("norms", ["model", "tensor"])
+@pytest.mark.parametrize("host", ["nuslerp", "multislerp"])
+def test_weights_from_norms_on_arcs(tmp_path: Path, host: str, norms: str) -> None:
+    """As if they had been written into the recipe."""
+    base, experts = whole.family(4, models=2, shapes={"a": (30,), "b": (7, 40)})
+    vectors = [{name: expert[name] - base[name] for name in base} for expert in experts]
+    parameters = {"weighting": "nan", "nan_norms": norms}
+    found = whole.merged(tmp_path / "nan", base, experts, {"merge_method": host, "parameters": parameters})
+    for name in base:
+        of = [v[name] if norms == "tensor" else whole.flat(v) for v in vectors]
+        each = [{"weight": weight} for weight in whole.nan_weights(of)]
+        given = whole.merged(tmp_path / name, base, experts, {"merge_method": host}, each)
+        np.testing.assert_allclose(found[name], given[name], rtol=1e-6, atol=1e-7, err_msg=name)
+        assert abs(each[0]["weight"] - 0.5) > 1e-3
+
+
 @given(st.lists(st.floats(1e-30, 1e30), min_size=2, max_size=5), st.floats(1e-3, 1e3))
 def test_nan_weights_are_scale_free_and_add_up(squares: list[float], scale: float) -> None:
     weights = nan_weights(np.array(squares))

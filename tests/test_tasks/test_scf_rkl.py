@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mergepipe
-from mergepipe.errors import RecipeError
+from mergepipe.errors import MemoryBudgetError, RecipeError
 from mergepipe.pipeline.resume import decode_state, encode_state
 from mergepipe.tasks import rows
 from mergepipe.tasks.method import Array
@@ -346,6 +347,16 @@ def test_excluded_tensors_are_the_primary(params: dict[str, Any], fused: bool) -
     assert (merged.out.tobytes() != a.tobytes()) is fused
 
 
+def test_excluded_tensors_can_be_averaged() -> None:
+    a, first = fine_tune((30, 40), "f4")
+    second = fine_tune((30, 40), "f4", seed=5)[1]
+    params = {"exclude": ["layer"], "excluded_from": "average"}
+    merged = merge("scf_rkl", [first, second], a, params=params)
+    assert not merged.sweeps
+    expected = a.astype("f8") + ((first - a).astype("f8") + (second - a)) / 2
+    np.testing.assert_allclose(merged.out, expected, rtol=1e-6, atol=1e-8)
+
+
 # -- several donors
 
 
@@ -481,6 +492,52 @@ def test_files_hold_the_bits_of_one_or_the_other(dtype: str, multi: str, tmp_pat
         a, *donors = (np.asarray(model[name].to(torch.float64).numpy(), work) for model in models)
         expected = merge("scf_rkl", donors, a, params=recipe["parameters"]).out
         assert merged[name].to(torch.float64).numpy().tobytes() == expected.astype("f8").tobytes()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "winner": {},
+    "fold": {"parameters": {"multi": "fold", "scale": 0.5}},
+    "iqr": {"parameters": {"threshold": "iqr", "direction": "sym"}},
+    "index": {"parameters": {"tie_rule": "index", "quantile": 0.5}},
+    "pointwise": {"parameters": {"importance": "pointwise", "zero_kl": "abs"}},
+    "model": {"scope": "model", "parameters": {"multi": "fold"}},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("fold", "iqr", "index"))) for name in OPTIONS]
+)
+def test_nothing_about_the_run_changes_a_byte(name: str, tmp_path: Path) -> None:
+    """Also of a tensor whose rows are wider than what the smallest ceiling leaves for a unit."""
+    from safetensors.torch import save_file
+
+    shapes = {"a.weight": (301, 530), "b.wide": (2, 400_001), "c.bias": (301,), "d.experts": (3, 5, 40)}
+    for seed in range(3):
+        folder = tmp_path / f"model-{seed}"
+        folder.mkdir()
+        save_file({key: stored("BF16", shape, seed) for key, shape in shapes.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text('{"model_type": "tiny"}')
+    recipe = {
+        "merge_method": "scf_rkl", "base_model": str(tmp_path / "model-0"), **OPTIONS[name],
+        "models": [{"model": str(tmp_path / f"model-{seed}")} for seed in (1, 2)],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(MemoryBudgetError) as refused:
+        mergepipe.build(tmp_path / "recipe.yaml", work=tmp_path / "none", memory="1MiB")
+    least = re.findall(r"--memory (\d+MiB)", str(refused.value))[0]
+    found = set()
+    ways: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {"workers": 1}),
+        ({"chunk_size": "8KiB"}, {"workers": 3, "reader": "mmap"}),
+        ({"memory": least, "store": "copy"}, {"workers": 1, "reader": "direct"}),
+    ]
+    for number, (building, running) in enumerate(ways):
+        work, out = tmp_path / f"work-{number}", tmp_path / f"out-{number}"
+        mergepipe.build(tmp_path / "recipe.yaml", work=work, out=out, **building)
+        mergepipe.run(work, **running)
+        found.add((out / "model.safetensors").read_bytes())
+    assert len(found) == 1
+    assert found != {(tmp_path / "model-0" / "model.safetensors").read_bytes()}
 
 
 # -- one threshold for the whole model
