@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergepipe.tasks import convert, fused, kernels, select
+from mergepipe.tasks.method import Accumulator, no_stored
+from support.drive import load_tile, make_job
 
 U16 = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
@@ -127,6 +131,36 @@ def test_weighing(size: int, models: int, seed: int) -> None:
     convert.encode(merged, "BF16", expected)
     assert fused.weigh(rows, fused.strips(models), weights, 1.1, found)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("sparsify", [{"method": "magnitude", "density": 0.3}, {"method": "tadrop"}])
+@pytest.mark.parametrize("models", [1, 3])
+def test_sweeps_count_stored_bits_as_they_count_tiles(sparsify: dict[str, Any], models: int) -> None:
+    """Every sweep that can do without tiles: exact thresholds, from the first histogram to the last."""
+    base, rows = drawn(70_001, models, 3)
+    below, own = np.empty(base.size, np.float32), [np.empty(base.size, np.float32) for _ in rows]
+    for bits, values in zip((base, *rows), (below, *own), strict=True):
+        convert.decode(bits, "BF16", values)
+    method, job = make_job("ties", base.shape, "f4", [{"weight": 1.0} for _ in rows], sparsify=sparsify)
+    state: dict[str, Any] = {}
+    by_bits = 0
+    for reduction in method.reductions(job):
+        if not reduction.needed(job, state):
+            continue
+        shape, row = reduction.shapes(job)
+        assert shape is not None
+        assert row is None
+        total, found = Accumulator(np.zeros(shape, np.int64)), np.zeros(shape, np.int64)
+        for index in range(job.blocks):
+            reduction.update(job, state, total, load_tile(method, job, own, below, index))
+        stored = getattr(reduction, "stored", no_stored)(job, state)
+        assert stored is not None, reduction.name
+        assert stored([base, *rows], found)
+        np.testing.assert_array_equal(found, total.counts)
+        state |= reduction.combine(job, state, total)
+        by_bits += 1
+    assert by_bits == (3 if sparsify["method"] == "tadrop" else 2)
+    assert (state["thresholds"] > 0).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
