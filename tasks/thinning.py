@@ -144,14 +144,16 @@ class Rescale:
             kernels.norms(tile.values[k], accumulator.blocks[tile.index, k])
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
-        """``_factors``: 1 where nothing is left."""
+        """``_factors``: 1 where nothing is left; ``kept_norms``: the norm of what is left, over that of the whole."""
         assert accumulator.blocks is not None
         before, after = state["moments"], kernels.fold(accumulator.blocks)
         factors = state["_factors"].copy()
         for k, norm in enumerate(restored_norms(job)):
             if norm and after[k, norm - 1] > 0:
                 factors[k] = (before[k, norm - 1] / after[k, norm - 1]) ** (1 / norm)
-        return {"_factors": factors, "_norms_after": after}
+        whole = np.where(before[:, 1] > 0, before[:, 1], 1.0)
+        kept = np.sqrt(np.minimum(after[:, 1] / whole, 1.0))
+        return {"_factors": factors, "_norms_after": after, "kept_norms": kept}
 
 
 def cut(job: Job, state: State, tile: Tile) -> tuple[kernels.Scalars, kernels.Scalars]:

@@ -57,6 +57,19 @@ def test_options_reach_the_pipeline(models: Path, capsys: Output) -> None:
     np.testing.assert_array_equal(merged["norm.weight"], np.full(4, 3.0, np.float32))
 
 
+def test_diagnostics_of_a_run(models: Path, capsys: Output) -> None:
+    assert main(["build"]) == 0
+    assert main(["run", "--diagnostics", "--memory", "1GiB", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "comparing 2 tensors" in err
+    record = json.loads(out[out.index("{") :])["manifest"]["tensors"]["layers.0.weight"]["change"]
+    assert set(record) == {"norm", "relative_norm", "row_kl", "entropy", "rotation"}
+    merged, base = (load_file(models / where / "model.safetensors") for where in ("merged", "base"))
+    expected = np.linalg.norm(merged["layers.0.weight"] - base["layers.0.weight"])
+    assert record["norm"] == pytest.approx(expected)
+    assert main(["run", "--diagnostics", "--on-shard", "true {path}"]) == 2
+
+
 def test_first_signal_asks_to_stop_and_the_second_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)

@@ -49,6 +49,7 @@ def test_vector_rescaled(rescale: str, factor: float) -> None:
     out, merged = thinned(VECTOR, work="f8", rescale=rescale)
     np.testing.assert_allclose(out, KEPT * factor, rtol=1e-15)
     assert merged.state["_factors"][0] == pytest.approx(factor, rel=1e-15)
+    assert merged.state["kept_norms"][0] == pytest.approx(1 / 1.0263867945880172, rel=1e-15)
 
 
 @pytest.mark.parametrize(
