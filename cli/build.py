@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import click
@@ -50,7 +51,9 @@ def command(
     from mergepipe.cli.plan import print_summary
     from mergepipe.cli.progress import progress
     from mergepipe.pipeline.build import build
+    from mergepipe.pipeline.chain_run import plans
     from mergepipe.pipeline.summary import summarize
+    from mergepipe.storage.workspace import Workspace
 
     with progress() as listener:
         plan = build(
@@ -66,9 +69,14 @@ def command(
             on_event=listener,
         )
     summary = summarize(plan)
+    merges = {name: summarize(earlier) for name, _, earlier in plans(Workspace(Path(work)))}
     if as_json:
-        print_json(summary)
+        print_json(summary | ({"merges": merges} if merges else {}))
         return
+    for name, found in merges.items():
+        click.echo(f"merge     {name}")
+        print_summary(found)
+        click.echo()
     print_summary(summary)
     where = "" if work == ".mergepipe" else f" -w {work}"
     click.echo(f"`mergepipe run{where}` merges, `mergepipe plan{where}` shows the plan in full")

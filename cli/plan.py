@@ -31,25 +31,42 @@ def command(work: str, graph: Path | None, as_json: bool) -> None:
       mergepipe plan
       mergepipe plan --graph bundle.svg
     """
+    from mergepipe.pipeline.chain_run import plans
     from mergepipe.pipeline.plan import Plan
-    from mergepipe.pipeline.summary import summarize, tensor_rows
     from mergepipe.storage.workspace import Workspace
 
-    plan = Plan.from_json(Workspace(Path(work)).read_plan())
-    summary, rows = summarize(plan), tensor_rows(plan)
+    root = Workspace(Path(work))
+    plan = Plan.from_json(root.read_plan())
+    before = {name: earlier for name, _, earlier in plans(root)}
     if graph is not None:
         _draw(graph, _picture(plan))
     if as_json:
-        print_json(summary | {"per_tensor": rows})
+        merges = {name: _in_full(earlier) for name, earlier in before.items()}
+        print_json(_in_full(plan) | ({"merges": merges} if merges else {}))
         return
-    print_summary(summary)
-    for note in summary["notes"]:
+    for name, earlier in before.items():
+        click.echo(f"merge     {name}")
+        _print_full(earlier)
+        click.echo()
+    _print_full(plan)
+    if graph is not None:
+        click.echo(f"\nthe graph of one bundle is drawn in {graph}")
+
+
+def _in_full(plan: Plan) -> dict[str, Any]:
+    from mergepipe.pipeline.summary import summarize, tensor_rows
+
+    return summarize(plan) | {"per_tensor": tensor_rows(plan)}
+
+
+def _print_full(plan: Plan) -> None:
+    found = _in_full(plan)
+    print_summary(found)
+    for note in found["notes"]:
         click.echo(f"note      {note}")
     click.echo()
     head = ("tensor", "shape", "dtype", "method", "passes", "units", "read", "write", "memory")
-    print_table(head, [_cells(row) for row in rows])
-    if graph is not None:
-        click.echo(f"\nthe graph of one bundle is drawn in {graph}")
+    print_table(head, [_cells(row) for row in found["per_tensor"]])
 
 
 def _draw(path: Path, picture: str) -> None:

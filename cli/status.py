@@ -28,6 +28,8 @@ def command(work: str, as_json: bool) -> None:
         return
     click.echo(f"state     {found.state}" + (f", process {found.process}" if found.process else ""))
     click.echo(f"output    {found.output}")
+    for name, state in found.merges.items():
+        click.echo(f"merge     {name}: {state}")
     amount = f"{show_bytes(found.done_bytes)} of {show_bytes(found.total_bytes)}"
     click.echo(f"done      {int(found.percent)} %, {amount}, {found.shards_done} of {found.shards} files")
     if found.rate and found.left_s is not None:

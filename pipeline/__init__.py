@@ -8,7 +8,9 @@ themselves are in :mod:`~mergepipe.pipeline.parsing`, the values that vary over 
 :mod:`~mergepipe.pipeline.values`. A recipe of slices or modules falls into :mod:`~mergepipe.pipeline.parts`, each a
 plain recipe over views of its models (:mod:`~mergepipe.pipeline.stacking`); layers and towers are told by their names
 (:mod:`~mergepipe.pipeline.towers`). :mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers.
-From there the plan, its memory, its graphs and the run follow.
+From there the plan, its memory, its graphs and the run follow. A recipe of several documents is a
+:mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will have made
+(:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`).
 
 Everything up to the plan is a function of the recipe and of headers: no byte of a tensor is read before `run`, and
 whatever is wrong with a recipe or a set of checkpoints is found, and reported all at once, before any work is done.

@@ -183,13 +183,11 @@ class _Whole:
             mine = [number for number in sliced if self.found.views[number].part.module == module]
             stack = Stack([self.found.views[number] for number in mine], path, first)
             made = {tensor.name: tensor.shape for number in mine for tensor in self.aligners[number].tensors}
-            expected = {
-                name: entry.shape
-                for name, entry in first.tensors.items()
-                if self.found.towers[name] == module and not _is_made_anew(name, entry, first)
-            }
+            mine_first = {name: t for name, t in first.tensors.items() if self.found.towers[name] == module}
+            expected = {name: entry.shape for name, entry in mine_first.items()}
+            spared = {name for name, entry in mine_first.items() if _is_made_anew(name, entry, first)}
             if not any(self.aligners[number].problems for number in mine) and not self.found.problems:
-                self.problems |= stack.problems(made, expected, left_out)
+                self.problems |= stack.problems(made, expected, left_out | spared)
             changes, notes = stack.changes(configs)
             _join(config, changes)
             self.notes += notes

@@ -2,6 +2,9 @@
 
     recipe ─► checkpoints (headers) ─► alignment ─► plan ─► memory, output and disk ─► workspace
 
+A recipe of several documents is a chain of merges (:mod:`mergepipe.pipeline.chain`): each is planned in this way, from
+what the ones before it will have made, and has a workspace of its own inside.
+
 Up to the last step nothing is written, unless a copy store is asked for, which is made once all checks have passed.
 """
 
@@ -11,22 +14,25 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from mergepipe.errors import CheckpointError, DiskFullError, RecipeError, WorkspaceError
+from mergepipe.errors import BudgetError, CheckpointError, DiskFullError, MergepipeError, RecipeError, WorkspaceError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.align import AlignedTensor, Alignment, align
+from mergepipe.pipeline.chain import Merge, check_dropped, load_chain
+from mergepipe.pipeline.chain_plan import earlier_of, is_whole, made_checkpoint, raise_together
 from mergepipe.pipeline.events import Announcer, CopyProgress, Listener, Note
 from mergepipe.pipeline.handover import SHARDS_OPEN
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
 from mergepipe.pipeline.parts import parts_of
 from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTensor, Source, plan_id
-from mergepipe.pipeline.recipe import Recipe, load_recipe, settings
+from mergepipe.pipeline.recipe import Recipe, settings
 from mergepipe.pipeline.schedule import schedule
 from mergepipe.pipeline.scope import rule_faults
 from mergepipe.pipeline.stacking import View
@@ -97,43 +103,140 @@ def build(
         If anything is wrong; no work has been done then.
     """
     announce = Announcer(on_event)
-    parsed = load_recipe(recipe, overrides)
-    checkpoints = _open_all(parsed.sources)
-    alignment = align(parsed, checkpoints)
-    kind: Literal["virtual", "copy"] = "copy" if store == "copy" else "virtual"
-    plan = make_plan(
-        parsed,
-        checkpoints,
-        alignment,
-        store=kind,
-        output=Path(os.path.abspath(out or parsed.output or "merged")),
-        allowed=parse_bytes(memory) if memory is not None else DEFAULT_ALLOWED,
-        chunk_bytes=parse_bytes(chunk_size),
-        shard_bytes=None if shard_size is None else parse_bytes(shard_size),
-    )
-    if memory is None and any(_is_whole(tensor, plan.seed) for tensor in plan.tensors):
-        plan = replace(plan, allowed=max(DEFAULT_ALLOWED, available_bytes() // 2))
-    # Tensors at odd places of their files can't be mapped: each window takes memory.
-    gathered = [kind == "copy" or any(t.offset % 8 for t in found.tensors.values()) for found in checkpoints]
-    schedule(plan, Ceiling(plan.allowed, workers or cpu_count()), gathered=gathered)
-    workspace = Workspace(Path(work))
-    abandoned = _abandoned(workspace, plan, force)
-    if outputs.finished(plan) is None:
-        outputs.check_folder(Path(plan.output), [model.path for model in plan.models], _unfinished(workspace))
-        _check_output_space(plan, announce)
-    copies = sum(model.copied_bytes for model in plan.models)
-    outputs.check_space(workspace.root, copies - held_bytes(workspace.stores), "the copied store")
-    workspace.create()
-    with WorkspaceLock(workspace):
-        if abandoned is not None:
-            if outputs.finished(abandoned) is None:
-                outputs.remove_work(abandoned)
-            workspace.forget_progress()
-        _withdraw(workspace, plan)
-        _write_workspace(workspace, plan, checkpoints, announce)
-    for note in plan.notes:
+    merges = load_chain(recipe, Path(work), overrides)
+    planned: list[Planned] = []
+    errors: list[tuple[str, MergepipeError]] = []
+    for merge in merges:
+        if not set(merge.reads) <= {found.merge.name for found in planned}:
+            continue  # what it reads is at fault itself
+        options = _Options(
+            out=out,
+            memory=None if memory is None else parse_bytes(memory),
+            workers=workers or cpu_count(),
+            store="copy" if store == "copy" else "virtual",
+            chunk_bytes=parse_bytes(chunk_size),
+            shard_bytes=None if shard_size is None else parse_bytes(shard_size),
+        )
+        try:
+            planned.append(_plan_merge(merge, options, _read_by(merge, planned)))
+        except (RecipeError, CheckpointError, BudgetError) as error:
+            errors.append((merge.name or "the result", error))
+    raise_together(errors, [merge.name for merge in merges[:-1]])
+    _check_room(planned)
+    root, plan = Workspace(Path(work)), planned[-1].plan
+    abandoned = [_check_way(found, force, announce) for found in planned]
+    check_dropped(root, [found.merge for found in planned[:-1]], force)
+    root.create()
+    with WorkspaceLock(root):
+        for found, old in zip(planned, abandoned, strict=True):
+            _install(found, old, announce)
+        root.write_earlier([found.merge.workspace.root.name for found in planned[:-1]])
+    for note in dict.fromkeys(note for found in planned for note in found.plan.notes):
         announce(Note(note))
     return plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How a merge is to be made, sizes in bytes."""
+
+    out: str | Path | None
+    memory: int | None
+    workers: int
+    store: Literal["virtual", "copy"]
+    chunk_bytes: int
+    shard_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A merge, its plan, and its models: opened, or as they will be made."""
+
+    merge: Merge
+    plan: Plan
+    checkpoints: Sequence[Checkpoint]
+
+
+def _read_by(merge: Merge, planned: Sequence[Planned]) -> list[Planned]:
+    """The merges that one reads, and those that they read, in the order in which they are made."""
+    needed = set(merge.reads)
+    for found in reversed(planned):
+        if found.merge.name in needed:
+            needed |= set(found.merge.reads)
+    return [found for found in planned if found.merge.name in needed]
+
+
+def _plan_merge(merge: Merge, options: _Options, before: Sequence[Planned]) -> Planned:
+    """Plan one merge, given those that it reads."""
+    recipe = merge.recipe
+    made = {
+        found.plan.output: made_checkpoint(found.plan, found.checkpoints[found.plan.sidecar].config) for found in before
+    }
+    checkpoints = _open_all(recipe.sources, made)
+    alignment = align(recipe, checkpoints)
+    plan = make_plan(
+        recipe,
+        checkpoints,
+        alignment,
+        store=options.store,
+        output=Path(os.path.abspath(merge.output or options.out or recipe.output or "merged")),
+        allowed=options.memory if options.memory is not None else DEFAULT_ALLOWED,
+        chunk_bytes=options.chunk_bytes,
+        shard_bytes=options.shard_bytes,
+        before=[found.plan for found in before],
+    )
+    if options.memory is None and any(_is_whole(tensor, plan.seed) for tensor in plan.tensors):
+        plan = replace(plan, allowed=max(DEFAULT_ALLOWED, available_bytes() // 2))
+    # Tensors at odd places of their files can't be mapped: each window takes memory.
+    gathered = [
+        model.store == "copy" or any(t.offset % 8 for t in found.tensors.values())
+        for model, found in zip(plan.models, checkpoints, strict=True)
+    ]
+    schedule(plan, Ceiling(plan.allowed, options.workers), gathered=gathered)
+    return Planned(merge, plan, checkpoints)
+
+
+def _check_way(found: Planned, force: bool, announce: Announcer) -> Plan | None:
+    """Refuse what is in the way of one merge; the plan of another that has to go, if there is one."""
+    plan, workspace = found.plan, found.merge.workspace
+    abandoned = _abandoned(workspace, plan, force)
+    if found.merge.output is None and outputs.finished(plan) is None:
+        outputs.check_folder(Path(plan.output), [model.path for model in plan.models], _unfinished(workspace))
+        _check_output_space(plan, announce)
+    return abandoned
+
+
+def _check_room(planned: Sequence[Planned]) -> None:
+    """Room in the workspace for copied stores and for what earlier merges make."""
+    root = planned[-1].merge.workspace.root
+    copies = sum(
+        sum(model.copied_bytes for model in found.plan.models) - held_bytes(found.merge.workspace.stores)
+        for found in planned
+    )
+    outputs.check_space(root, copies, "the copied store")
+    waiting = [found.plan for found in planned[:-1] if outputs.finished(found.plan) is None]
+    made = max(copies, 0) + sum(plan.layout().nbytes - outputs.held_bytes(plan) for plan in waiting)
+    last = planned[-1].plan
+    if waiting and outputs.finished(last) is None and outputs.on_one_disk(root, Path(last.output)):
+        sizes = sorted((shard.size for shard in last.layout().shards), reverse=True)
+        made += sum(sizes[:SHARDS_OPEN])
+    outputs.check_space(root, made, "what the earlier merges make, and some of the result,")
+
+
+def _install(found: Planned, abandoned: Plan | None, announce: Announcer) -> None:
+    """Put a plan into its workspace; the folder of an earlier merge is ours to clear."""
+    plan, workspace = found.plan, found.merge.workspace
+    if abandoned is not None:
+        if outputs.finished(abandoned) is None:
+            outputs.remove_work(abandoned)
+        workspace.forget_progress()
+    if found.merge.output is not None:
+        workspace.create()
+        if not is_whole(plan) and (outputs.finished(plan) is not None or not workspace.begun()):
+            workspace.forget_progress()
+            shutil.rmtree(found.merge.output, ignore_errors=True)
+    _withdraw(workspace, plan)
+    _write_workspace(workspace, plan, found.checkpoints, announce)
 
 
 def _withdraw(workspace: Workspace, plan: Plan) -> None:
@@ -148,12 +251,12 @@ def _is_whole(tensor: PlannedTensor, seed: int) -> bool:
     return tensor.action == "merge" and find_method(tensor.method).whole(tensor.job(seed)) is not None
 
 
-def _open_all(paths: Sequence[str]) -> list[Checkpoint]:
-    """Open every checkpoint; what is wrong with several of them is told together."""
+def _open_all(paths: Sequence[str], made: Mapping[str, Checkpoint]) -> list[Checkpoint]:
+    """Open every checkpoint, but for those that will be made; what is wrong with several of them is told together."""
     opened, errors = [], []
     for path in paths:
         try:
-            opened.append(open_checkpoint(Path(path)))
+            opened.append(made.get(path) or open_checkpoint(Path(path)))
         except CheckpointError as error:
             errors.append(error)
     if len(errors) > 1:
@@ -173,6 +276,7 @@ def make_plan(
     allowed: int,
     chunk_bytes: int,
     shard_bytes: int | None,
+    before: Sequence[Plan] = (),
 ) -> Plan:
     """Decide everything; pure apart from what the arguments hold.
 
@@ -186,13 +290,15 @@ def make_plan(
     output : Path
     allowed, chunk_bytes, shard_bytes : int
         In bytes; `shard_bytes` None keeps the division of the first checkpoint.
+    before : sequence of Plan
+        Those of the merges that come before, if any.
 
     Raises
     ------
     RecipeError
         If a tensor gets a setting that is missing or out of bounds.
     """
-    models = _plan_models(recipe, checkpoints, store)
+    models = _plan_models(recipe, checkpoints, store, {plan.output for plan in before})
     tensors = _plan_tensors(recipe, checkpoints, alignment)
     groups = _plan_groups(tensors, alignment, checkpoints, shard_bytes)
     side = {
@@ -200,7 +306,9 @@ def make_plan(
         for number, names in sorted(alignment.side.items())
     }
     shown = _shown_recipe(recipe, models)
-    metadata = {"format": "pt", "mergepipe.recipe": json.dumps(shown, sort_keys=True)}
+    earlier = earlier_of(before)
+    recipes = [*(one.recipe for one in earlier), shown]
+    metadata = {"format": "pt", "mergepipe.recipe": json.dumps(recipes if earlier else shown, sort_keys=True)}
     return Plan(
         format=PLAN_FORMAT,
         id=plan_id(tensors, models, groups, metadata, side, recipe.seed, alignment.config),
@@ -219,6 +327,7 @@ def make_plan(
         chunk_bytes=chunk_bytes,
         seed=recipe.seed,
         config=alignment.config,
+        earlier=earlier,
     )
 
 
@@ -233,7 +342,7 @@ def _idle_rules(recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[str]:
 
 
 def _plan_models(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], store: Literal["virtual", "copy"]
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], asked: Literal["virtual", "copy"], made: AbstractSet[str]
 ) -> tuple[PlannedModel, ...]:
     taken: Counter[str] = Counter()
     bases = {recipe.base_model, *(part.base_model for part in parts_of(recipe))}
@@ -242,17 +351,20 @@ def _plan_models(
         name = Path(path).name
         taken[name] += 1
         nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        store: Literal["virtual", "copy"] = "virtual" if path in made else asked
+        why = "asked for" if store == "copy" else "local safetensors files, read where they are"
         models.append(
             PlannedModel(
                 label=name if taken[name] == 1 else f"{name}-{taken[name]}",
                 path=path,
                 role="base" if path in bases else "model",
                 store=store,
-                why="asked for" if store == "copy" else "local safetensors files, read where they are",
+                why="made before, by this recipe" if path in made else why,
                 tensors=len(checkpoint.tensors),
                 nbytes=nbytes,
                 copied_bytes=nbytes if store == "copy" else 0,
                 fingerprint=fingerprint(checkpoint),
+                made=path in made,
             )
         )
     return tuple(models)
@@ -430,7 +542,10 @@ def _write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Che
     for number, (model, checkpoint) in enumerate(zip(plan.models, checkpoints, strict=True)):
         folder = workspace.store(number, model.label)
         keep.add(folder)
-        if _begun_before(folder, model, plan.chunk_bytes):
+        kept = _begun_before(folder, model, plan.chunk_bytes)
+        if model.made:
+            continue  # its manifest is made when its files are
+        if kept:
             if workspace.manifest_file(number, model.label).exists():
                 announce(Note(f"'{model.label}' is copied already: kept"))
                 continue

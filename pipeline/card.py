@@ -13,8 +13,10 @@ from mergepipe.tasks.registry import method as find_method
 def model_card(plan: Plan) -> str:
     """Text of the card: front matter for the hub, the models, the method with its paper, the recipe."""
     method = find_method(plan.recipe["merge_method"])
+    began = [model.label for model in plan.models if not model.made]
+    began += [label for earlier in plan.earlier for label in earlier.models]
     front: dict[str, Any] = {
-        "base_model": [model.label for model in plan.models],
+        "base_model": list(dict.fromkeys(began)),
         "library_name": "transformers",
         "tags": ["merge", "mergepipe", method.name],
     }
@@ -29,7 +31,11 @@ def model_card(plan: Plan) -> str:
     if method.paper is not None:
         lines += ["", f"Paper: [{method.paper.title}]({method.paper.url})"]
     lines += ["", "## Models", ""]
-    lines += [f"* `{model.label}`{' (base)' if model.role == 'base' else ''}" for model in plan.models]
-    lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(plan.recipe, sort_keys=False, allow_unicode=True).strip()]
+    lines += [
+        f"* `{model.label}`{' (base)' if model.role == 'base' else ''}{', a merge itself' if model.made else ''}"
+        for model in plan.models
+    ]
+    recipes = [*(earlier.recipe for earlier in plan.earlier), plan.recipe]
+    lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True).strip()]
     lines += ["```", ""]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Plain values out of YAML that nobody vouches for.
 
-Only the safe types, no tags, no second document, no key twice, and limits on length, nesting and on what aliases
-expand to. All of that is checked on the stream of parse events, which grows with the text only, before anything is
-built from it.
+Only the safe types, no tags, no second document unless several are asked for, no key twice, and limits on length,
+nesting and on what aliases expand to. All of that is checked on the stream of parse events, which grows with the text
+only, before anything is built from it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mergepipe.errors import Fault, RecipeError, UsageError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_ALIASES = 256
+MAX_DOCUMENTS = 64
 MAX_NODES = 200_000
 """Nodes of a document, each alias counted as all that it stands for."""
 
@@ -49,6 +50,21 @@ def load_document(path: Path) -> dict[str, Any]:
     RecipeError
         If it is no regular file, longer than 1 MiB, or no safe YAML mapping.
     """
+    return read_document(_text_of(path), str(path))
+
+
+def load_documents(path: Path) -> list[dict[str, Any]]:
+    """The mappings that a YAML file of one or several documents holds.
+
+    Raises
+    ------
+    RecipeError
+        As for :func:`load_document`; or if one of several documents is empty.
+    """
+    return read_documents(_text_of(path), str(path))
+
+
+def _text_of(path: Path) -> str:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise _fault(f"{path} is no regular file: give the path of a YAML recipe")
@@ -61,7 +77,7 @@ def load_document(path: Path) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise _fault(f"{path} is longer than {MAX_BYTES:,} bytes: that is no recipe")
     try:
-        return read_document(raw.decode("utf-8-sig"), str(path))
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _fault(f"{path} is not UTF-8 text (byte {error.start}): that is no recipe") from None
 
@@ -79,7 +95,29 @@ def read_document(text: str, where: str) -> dict[str, Any]:
     >>> read_document("merge_method: linear", "recipe")
     {'merge_method': 'linear'}
     """
-    document = _load(text, where)
+    return _mapping(_load(text, where)[0], where)
+
+
+def read_documents(text: str, where: str) -> list[dict[str, Any]]:
+    """The mappings that a YAML text of one or several documents holds.
+
+    Raises
+    ------
+    RecipeError
+        If the text is too long, no safe YAML, or any of its documents no mapping.
+
+    Examples
+    --------
+    >>> read_documents("{name: a}\\n---\\n{name: b}", "recipe")
+    [{'name': 'a'}, {'name': 'b'}]
+    """
+    documents = _load(text, where, several=True)
+    if len(documents) == 1:
+        return [_mapping(documents[0], where)]
+    return [_mapping(document, f"document {number} of {where}") for number, document in enumerate(documents, start=1)]
+
+
+def _mapping(document: Any, where: str) -> dict[str, Any]:
     if document is None:
         raise _fault(f"{where} is empty: it needs at least `merge_method` and `models`")
     if not isinstance(document, dict):
@@ -114,27 +152,29 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
         if not equals:
             raise UsageError(f"--set {override}: expected key=value, such as parameters.lambda=0.5")
         try:
-            value = _load(text, f"--set {path}")
+            value = _load(text, f"--set {path}")[0]
         except RecipeError as error:
             raise UsageError(f"--set {override}: {error.faults[0].message}") from None
         _set(result, _steps(path, override), value, override)
     return result
 
 
-def _load(text: str, where: str) -> Any:
+def _load(text: str, where: str, *, several: bool = False) -> list[Any]:
+    """The values of all documents; None for an empty text."""
     if len(text) > MAX_BYTES:
         raise _fault(f"{where} is longer than {MAX_BYTES:,} bytes: that is no recipe")
     try:
-        _check_events(text)
+        _check_events(text, MAX_DOCUMENTS if several else 1)
         loader = _Loader(text)
         try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            faults = list(_duplicates(node, "$"))
-            if faults:
-                raise RecipeError(faults)
-            return loader.construct_document(node)
+            found = []
+            while loader.check_node():
+                node = loader.get_node()
+                faults = list(_duplicates(node, "$"))
+                if faults:
+                    raise RecipeError(faults)
+                found.append(loader.construct_document(node))
+            return found or [None]
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
@@ -145,7 +185,7 @@ def _load(text: str, where: str) -> Any:
         raise _fault(f"{where} holds a value that can't be read: {error}") from None
 
 
-def _check_events(text: str) -> None:
+def _check_events(text: str, most: int) -> None:
     """Refuse whatever is deeper, larger or cleverer than a recipe, in one pass that builds nothing."""
     sizes: dict[str, int | None] = {}  # nodes under each anchor; None while it is open
     open_nodes: list[tuple[str | None, int]] = []  # anchor, and the count when it was opened
@@ -154,8 +194,9 @@ def _check_events(text: str) -> None:
         line = _line(event)
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
-            if documents > 1:
-                raise _fault(f"line {line}: a second document begins; this version merges one recipe at a time")
+            if documents > most:
+                what = "second document" if most == 1 else f"document {documents}"
+                raise _fault(f"line {line}: a {what} begins, where there may be {most} at most")
         elif isinstance(event, yaml.AliasEvent):
             aliases += 1
             size = sizes.get(str(event.anchor), 0)

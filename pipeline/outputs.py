@@ -99,14 +99,22 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     ------
     DiskFullError
     """
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise DiskFullError(
             f"{what} in '{folder}' needs {needed:,} bytes, {free:,} are free: make room, or choose another disk"
         )
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Whether two folders are, or will be, on the same filesystem."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def work_names(plan: Plan) -> set[str]:
@@ -168,14 +176,20 @@ def copy_sidecars(source: Path, target: Path, changes: Mapping[str, Any]) -> Non
 
 def _changed(config: bytes, changes: Mapping[str, Any]) -> bytes:
     values = json.loads(config)
-    _put(values, changes)
+    put_values(values, changes)
     return to_json(values)
 
 
-def _put(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+def config_changes(plan: Plan) -> dict[str, Any]:
+    """What a merge writes into the configuration that it copies."""
+    return plan.config | ({"torch_dtype": plan.dtype} if plan.dtype else {})
+
+
+def put_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put changes, as deep as they are, into a configuration."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(values.get(key), dict):
-            _put(values[key], value)
+            put_values(values[key], value)
         else:
             # A type is written under the name that the configuration uses for it already.
             values["dtype" if key == "torch_dtype" and "dtype" in values else key] = value
@@ -236,8 +250,7 @@ def manifest(
 def publish(plan: Plan, record: Mapping[str, Any]) -> None:
     """Put everything beside the weights, and the index (or the single file's name) last."""
     folder = Path(plan.output)
-    changes = plan.config | ({"torch_dtype": plan.dtype} if plan.dtype else {})
-    copy_sidecars(Path(plan.models[plan.sidecar].path), folder, changes)
+    copy_sidecars(Path(plan.models[plan.sidecar].path), folder, config_changes(plan))
     write_atomic(folder / CARD_NAME, model_card(plan).encode())
     replace_manifest(plan, record)
     index = plan.layout().index

@@ -57,6 +57,8 @@ class PlannedModel:
         What it holds, and how many bytes the hierarchy takes on disk.
     fingerprint : str
         Hash of the sizes and headers of its files.
+    made : bool
+        Whether an earlier merge of the same recipe makes it.
     """
 
     label: str
@@ -68,6 +70,15 @@ class PlannedModel:
     nbytes: int
     copied_bytes: int
     fingerprint: str
+    made: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A merge that comes before, for the model card: its recipe, and the labels of the models it began from."""
+
+    recipe: dict[str, Any]
+    models: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +188,8 @@ class Plan:
     seed : int
     config : dict
         What changes in the sidecar model's `config.json`, besides the dtype: new values, in mappings as deep as theirs.
+    earlier : tuple of Earlier
+        The merges that come before, for a recipe of several documents.
     """
 
     format: int
@@ -196,6 +209,7 @@ class Plan:
     chunk_bytes: int
     seed: int
     config: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[Earlier, ...] = ()
 
     def layout(self) -> OutputLayout:
         """The place of every output byte."""

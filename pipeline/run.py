@@ -22,6 +22,7 @@ from typing import Any, Literal
 from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline import changes, devices, outputs, recheck, scoring
 from mergepipe.pipeline.admission import Admission
+from mergepipe.pipeline.chain_run import earlier_first
 from mergepipe.pipeline.diagnostics import Findings, remark
 from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.eventlog import EventLog
@@ -88,6 +89,7 @@ class Result:
     manifest: dict[str, Any]
 
 
+@earlier_first
 def run(
     work: str | Path = ".mergepipe",
     *,

@@ -82,7 +82,7 @@ class Stack:
         expected : mapping of str to tuple of int
             Shapes of the tensors of the same tower in the first source.
         left_out : collection of str
-            Names left out with a note.
+            Names left out with a note, or that need not be there.
         """
         remedy = f"the configuration of '{self.path}' is kept, and slices have to fit it: name another `base_model`"
         if not self.count:

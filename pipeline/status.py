@@ -7,7 +7,7 @@ A job is *built* (not begun), *running* (a process holds the lock), *interrupted
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +51,9 @@ class Status:
         What to do next.
     failure : str or None
         The error that ended the latest run, if one did.
+    merges : dict of str to str
+        For a recipe of several documents: the state of each merge that comes before, by its name. Bytes, files and
+        tensors are of all merges together.
     """
 
     state: State
@@ -68,6 +71,7 @@ class Status:
     damage: tuple[str, ...]
     remedy: str
     failure: str | None = None
+    merges: dict[str, State] = field(default_factory=dict)
 
     @property
     def percent(self) -> float:
@@ -89,7 +93,43 @@ def status(work: str | Path = ".mergepipe", *, now: float | None = None) -> Stat
     WorkspaceError
         If there is no plan, or the journal cannot be understood.
     """
-    workspace = Workspace(Path(work))
+    root = Workspace(Path(work))
+    found = _status(root, now)
+    before = {name: _status(root.merge(name), now) for name in root.earlier()}
+    return _together(root, found, before) if before else found
+
+
+def _together(root: Workspace, last: Status, before: dict[str, Status]) -> Status:
+    """The status of a chain: that of the merge which is at work, and the sums of all."""
+    merges: dict[str, State] = {name: found.state for name, found in before.items()}
+    if last.state == "done":
+        return replace(last, merges=merges)
+    everyone = [*before.values(), last]
+    current = next((found for found in everyone if found.state != "done"), last)
+    begun = any(found.state != "built" for found in everyone)
+    state: State = "running" if last.process is not None else "interrupted" if begun else "built"
+    if current.state == "damaged" and last.process is None:
+        state = "damaged"
+    done, total = sum(found.done_bytes for found in everyone), sum(found.total_bytes for found in everyone)
+    return replace(
+        last,
+        state=state,
+        done_bytes=done,
+        total_bytes=total,
+        shards_done=sum(found.shards_done for found in everyone),
+        shards=sum(found.shards for found in everyone),
+        tensors_reduced=sum(found.tensors_reduced for found in everyone),
+        tensors=sum(found.tensors for found in everyone),
+        rate=current.rate,
+        left_s=None if not current.rate else (total - done) / current.rate,
+        damage=tuple(text for found in everyone for text in found.damage),
+        remedy=_remedy(state, root),
+        failure=current.failure,
+        merges=merges,
+    )
+
+
+def _status(workspace: Workspace, now: float | None) -> Status:
     plan = Plan.from_json(workspace.read_plan())
     layout = plan.layout()
     process = workspace.holder()

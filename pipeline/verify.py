@@ -122,6 +122,8 @@ def verify(path: str | Path = ".mergepipe", *, full: bool = False) -> Report:
             f"'{folder}' is neither an output (no {outputs.MANIFEST_NAME}) nor a workspace (no plan)"
         )
     report = Report(str(folder), "workspace", full)
+    for name in workspace.earlier():
+        _check_workspace(workspace.merge(name), report)
     _check_workspace(workspace, report)
     return report
 
@@ -219,7 +221,9 @@ def _check_workspace(workspace: Workspace, report: Report) -> None:
         return
     report.files += 1
     for number, model in enumerate(plan.models):
-        _check_store(workspace.manifest_file(number, model.label), model, report)
+        path = workspace.manifest_file(number, model.label)
+        if path.is_file() or not model.made:
+            _check_store(path, model, report)
     if workspace.holder() is not None:
         report.notes.append("a run is at work: its output is not checked")
     elif outputs.finished(plan) is not None:

@@ -6,6 +6,9 @@
       journal.log          what of it is durable
       statistics/          what the reductions found: a zarr group
       events.jsonl         what happened, for people and programs to read
+      chain.json           names of the merges that come before, for a recipe of several documents
+      merges/NAME/         the workspace of each of them, and
+      merged/NAME/         what it makes
       LOCK                 held (flock) by the process at work; a dead process holds nothing
 
 Only this module knows the names of these files.
@@ -15,9 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -78,6 +83,52 @@ class Workspace:
         """The chunk manifest of model `number`."""
         return self.store(number, label) / "manifest.json"
 
+    def merge(self, name: str) -> Workspace:
+        """The workspace of a merge that comes before, by its name as a folder."""
+        return Workspace(self.root / "merges" / name)
+
+    def merged(self, name: str) -> Path:
+        """What that merge makes."""
+        return self.root / "merged" / name
+
+    @property
+    def chain_file(self) -> Path:
+        """Names of the merges that come before."""
+        return self.root / "chain.json"
+
+    def earlier(self) -> tuple[str, ...]:
+        """Names (of folders) of the merges that come before, in the order in which they are made.
+
+        Raises
+        ------
+        WorkspaceError
+            If the list is damaged.
+        """
+        try:
+            names = json.loads(self.chain_file.read_bytes())
+        except FileNotFoundError:
+            return ()
+        except ValueError as error:
+            raise WorkspaceError(f"'{self.chain_file}' is damaged ({error}): build again") from error
+        if not isinstance(names, list) or not all(
+            isinstance(n, str) and n and "/" not in n and n[0] != "." for n in names
+        ):
+            raise WorkspaceError(f"'{self.chain_file}' holds no list of names: build again")
+        return tuple(names)
+
+    def write_earlier(self, names: Sequence[str]) -> None:
+        """Replace that list, and remove what belongs to merges that are not in it any more."""
+        if names:
+            write_atomic(self.chain_file, json.dumps(list(names)).encode())
+        else:
+            self.chain_file.unlink(missing_ok=True)
+        for folder in (self.root / "merges", self.root / "merged"):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if path.name not in names:
+                    shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     def create(self) -> None:
         """Make the folder.
 
@@ -132,7 +183,7 @@ class Workspace:
     def contents(self) -> list[Path]:
         """Everything mergepipe may have put here, the lock last."""
         files = [self.plan_file, self.journal_file, self.events_file, self.statistics, self.stores]
-        return [*files, self.lock_file]
+        return [*files, self.chain_file, self.root / "merges", self.root / "merged", self.lock_file]
 
     def remove(self) -> None:
         """Remove all that is ours, and the folder if nothing else is in it."""
