@@ -12,6 +12,10 @@ From there the plan, its memory, its graphs and the run follow. A recipe of seve
 :mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will have made
 (:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`).
 
+Where a GPU works is settled in :mod:`~mergepipe.pipeline.devices` and :mod:`~mergepipe.pipeline.scoring`; what a merge
+found out about each tensor is told by :mod:`~mergepipe.pipeline.diagnostics`, and how each has changed measured by
+:mod:`~mergepipe.pipeline.changes`.
+
 Everything up to the plan is a function of the recipe and of headers: no byte of a tensor is read before `run`, and
 whatever is wrong with a recipe or a set of checkpoints is found, and reported all at once, before any work is done.
 

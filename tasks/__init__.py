@@ -9,7 +9,9 @@ output; :mod:`mergepipe.tasks.method` says what that means and :mod:`mergepipe.t
   sparse; :mod:`~mergepipe.tasks.philox`: random masks that depend on no order.
 * :mod:`~mergepipe.tasks.task_vectors`: the methods that add task vectors up, all one implementation.
 * :mod:`~mergepipe.tasks.fusion`, :mod:`~mergepipe.tasks.rows`: elements taken from donors by score (`scf_rkl`,
-  `arcee_fusion`), and the divergence of rows that the scores are made of.
+  `arcee_fusion`), and the divergence of rows that the scores are made of; :mod:`~mergepipe.tasks.rows_torch`: the
+  same rows on a GPU, to the same bits.
+* :mod:`~mergepipe.tasks.change`: how far an output has moved from its base.
 * :mod:`~mergepipe.tasks.kernels`: the loops.
 * :mod:`~mergepipe.tasks.nodes`: what a node of the graph does; the only module here that knows of files.
 
