@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mergepipe.errors import Interrupted
-from mergepipe.pipeline import outputs
+from mergepipe.pipeline import changes, outputs
 from mergepipe.pipeline.chain_plan import is_whole
 from mergepipe.pipeline.events import Announcer, Note
 from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.schedule import ceiling_of
 from mergepipe.storage.checkpoint import open_checkpoint
 from mergepipe.storage.manifest import virtual_manifest
 from mergepipe.storage.virtual import kerchunk_references
@@ -29,15 +30,20 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 def earlier_first(run: Run) -> Run:
     """Have a function that runs one workspace run those of earlier merges first.
 
-    The workspace stays locked meanwhile. Complete files are handed over to a command of the user's for the result only.
+    The workspace stays locked meanwhile. Complete files are handed over to a command of the user's, and diagnostics
+    made, for the result only; whether that can be is seen before anything runs.
     """
 
     @functools.wraps(run)
     def run_chain(work: str | Path = ".mergepipe", **options: Any) -> Any:
         root = Workspace(Path(work))
-        if root.earlier() and outputs.finished(Plan.from_json(root.read_plan())) is None:
+        if root.earlier() and outputs.finished(last := Plan.from_json(root.read_plan())) is None:
+            if options.get("diagnostics"):
+                ceiling = ceiling_of(last, options.get("memory"), options.get("workers"))
+                changes.check(last, ceiling, options.get("on_shard"))
+            own = {**options, "on_shard": None, "diagnostics": False}
             with WorkspaceLock(root):
-                _run_earlier(root, lambda workspace: run(workspace.root, **{**options, "on_shard": None}), options)
+                _run_earlier(root, lambda workspace: run(workspace.root, **own), options)
         return run(work, **options)
 
     return cast(Run, run_chain)

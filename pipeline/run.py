@@ -38,11 +38,10 @@ from mergepipe.pipeline.events import (
 from mergepipe.pipeline.graph import MAX_BUNDLE_BYTES, Graph, bundles, count_tasks, run_bundle, tensor_graph
 from mergepipe.pipeline.handover import check_command, hand_over, handed_record
 from mergepipe.pipeline.inputs import all_direct, check_inputs
-from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.masks import TaskMasks
 from mergepipe.pipeline.materialize import write_head
 from mergepipe.pipeline.measure import Meter
-from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling, parse_bytes
+from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling
 from mergepipe.pipeline.plan import Plan, Source
 from mergepipe.pipeline.resume import (
     Progress,
@@ -53,7 +52,14 @@ from mergepipe.pipeline.resume import (
     state_record,
 )
 from mergepipe.pipeline.rounds import RoundId, SharedStates, groups
-from mergepipe.pipeline.schedule import ScheduledTensor, held_for_matrices, is_resident, pool_bytes, schedule
+from mergepipe.pipeline.schedule import (
+    ScheduledTensor,
+    ceiling_of,
+    held_for_matrices,
+    is_resident,
+    pool_bytes,
+    schedule,
+)
 from mergepipe.pipeline.shards import Shards
 from mergepipe.storage.atomic import no_room_errors
 from mergepipe.storage.direct import DirectReader
@@ -166,7 +172,7 @@ def run(
         plan = Plan.from_json(workspace.read_plan())
         _check_version(plan, workspace)
         ended = stop or threading.Event()
-        ceiling = Ceiling(parse_bytes(memory) if memory is not None else plan.allowed, workers or cpu_count())
+        ceiling = ceiling_of(plan, memory, workers)
         if diagnostics:
             changes.check(plan, ceiling, on_shard)
         complete = None if restart else outputs.finished(plan)

@@ -13,6 +13,7 @@ import numpy as np
 
 from mergepipe.errors import MemoryBudgetError
 from mergepipe.pipeline.graph import count_tasks
+from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.memory import (
     MIB,
     RESERVED_BYTES,
@@ -24,6 +25,7 @@ from mergepipe.pipeline.memory import (
     accumulator_bytes,
     blocks_in,
     matrix_bytes,
+    parse_bytes,
     projected_bytes,
 )
 from mergepipe.pipeline.plan import Plan, PlannedTensor
@@ -86,6 +88,11 @@ class ScheduledTensor:
     def bytes_read(self) -> int:
         """Bytes its sweeps and its kernel ask for; a repeated read may come from the page cache."""
         return int(self.tensor.input_bytes() * (len(self.rounds) + self.sweep_reads + 1 + bool(self.steps)))
+
+
+def ceiling_of(plan: Plan, memory: str | int | None, workers: int | None) -> Ceiling:
+    """The ceiling of a run: as it is asked for, else that of the plan; one worker per processor where none is said."""
+    return Ceiling(plan.allowed if memory is None else parse_bytes(memory), workers or cpu_count())
 
 
 def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> tuple[ScheduledTensor, ...]:

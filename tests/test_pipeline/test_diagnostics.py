@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 import mergepipe
@@ -198,6 +199,22 @@ def test_a_finished_merge_can_be_compared(tmp_path: Path) -> None:
     notes: list[str] = []
     mergepipe.run(work, diagnostics=True, on_event=lambda event: notes.append(str(getattr(event, "text", ""))))
     assert any("nothing to do" in note for note in notes)
+
+
+def test_of_a_chain_the_result_is_compared(tmp_path: Path) -> None:
+    """An earlier merge without a base is none of its business; what can't be done is said before anything runs."""
+    write_job(tmp_path, SHAPES)
+    experts = [{"model": str(tmp_path / f"expert-{number}")} for number in (1, 2)]
+    mean = {"name": "mean", "merge_method": "linear", "models": experts, "parameters": {"weight": 1}}
+    last = {"merge_method": "ties", "base_model": str(tmp_path / "base"), "models": [{"model": "mean"}]}
+    last["parameters"] = {"weight": 1, "density": 0.5}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump_all([mean, last]))
+    work = build(tmp_path)
+    with pytest.raises(UsageError, match="--on-shard"):
+        mergepipe.run(work, diagnostics=True, on_shard="true {path}")
+    assert not (work / "merged").exists()
+    found = mergepipe.run(work, diagnostics=True).manifest["tensors"]
+    assert found["embed.weight"]["change"]["norm"] > 0
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
