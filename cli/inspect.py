@@ -75,12 +75,16 @@ def _print_summary(checkpoint: Checkpoint) -> None:
     dtypes = _dtypes(checkpoint)
     files = len(checkpoint.files)
     click.echo(
-        f"{checkpoint.root}: {len(checkpoint.tensors)} tensors, "
+        f"{checkpoint.root}: {_tensors(len(checkpoint.tensors))}, "
         f"{show_count(sum(d['parameters'] for d in dtypes.values()))} parameters, "
         f"{show_bytes(sum(file.size for file in checkpoint.files))} in {files} file{'s' * (files != 1)}"
     )
     for name, entry in dtypes.items():
-        click.echo(f"  {name}: {entry['tensors']} tensors, {show_bytes(entry['bytes'])}")
+        click.echo(f"  {name}: {_tensors(entry['tensors'])}, {show_bytes(entry['bytes'])}")
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def _print_tensors(checkpoint: Checkpoint) -> None:

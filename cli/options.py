@@ -12,6 +12,9 @@ import click
 LEVELS = {0: logging.WARNING, 1: logging.INFO}
 """Level of the log by number of ``-v``; more is DEBUG."""
 
+STOPPING = "stopping: the work under way is finished and kept; once more ends at once"
+"""What the first Ctrl-C is answered with."""
+
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic for the type checker only
     """Writes to whatever ``sys.stderr`` is at that moment, which a progress bar may have replaced."""

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, TextIO
 
 from mergepipe.cli.options import show_bytes, show_seconds
 from mergepipe.pipeline.events import CopyProgress, Event, Listener, Note, RunStarted, ShardSealed, UnitFinished
+from mergepipe.pipeline.measure import anonymous_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 MERGING = "merging"
+
+LINES_TOLD = 20
+LONGEST_PAUSE_S = 60.0
+"""A plain line comes when another twentieth of the time so far has gone by, or a minute."""
+
+LOOK_EVERY_S = 0.25
+"""How often memory is looked at for the bars."""
 
 
 class PlainProgress:
@@ -25,7 +33,8 @@ class PlainProgress:
     out : TextIO
         Where to; stderr in practice.
     every_s : float
-        Seconds between two lines about how far the work is. Notes and finished shards are told at once.
+        Seconds between two lines about how far the work is; more as the job gets longer, up to a minute. Notes and
+        finished shards are told at once.
     clock : callable
         Seconds from any start; tests own it.
 
@@ -74,7 +83,7 @@ class PlainProgress:
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes
         now = self._clock()
-        if now - self._told < self._every_s:
+        if now - self._told < max(self._every_s, min(LONGEST_PAUSE_S, (now - self._started) / LINES_TOLD)):
             return
         self._told = now
         rate = (self._done - self._before) / (now - self._started)
@@ -88,19 +97,36 @@ class PlainProgress:
 
 
 class BarProgress:
-    """A listener that moves the bars of a rich `Progress`, which the caller starts and stops."""
+    """A listener that moves the bars of a rich `Progress`, which the caller starts and stops.
 
-    def __init__(self, progress: Progress) -> None:
+    Parameters
+    ----------
+    progress : rich.progress.Progress
+    tell : callable
+        Takes the line below the bars: the tensor at work, and the memory taken of that allowed.
+    clock : callable
+        Seconds from any start; tests own it.
+    """
+
+    def __init__(
+        self, progress: Progress, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._progress = progress
+        self._tell = tell
+        self._clock = clock
         self._bars: dict[str, TaskID] = {}
+        self._allowed = 0
+        self._told = -LOOK_EVERY_S
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
         match event:
-            case RunStarted(total, _, done):
+            case RunStarted(total, _, done, allowed):
+                self._allowed = allowed
                 self._bars[MERGING] = self._progress.add_task(MERGING, total=total, completed=done)
-            case UnitFinished() if MERGING in self._bars:
-                self._progress.advance(self._bars[MERGING], event.nbytes)
+            case UnitFinished(tensor, stage, nbytes) if MERGING in self._bars:
+                self._progress.advance(self._bars[MERGING], nbytes)
+                self._look(f"{tensor} ({stage})")
             case CopyProgress(model, nbytes, total):
                 if model not in self._bars:
                     self._bars[model] = self._progress.add_task(f"copying {model}", total=total)
@@ -110,25 +136,22 @@ class BarProgress:
             case Note(text):
                 self._progress.console.print(f"note: {text}", markup=False, highlight=False)
 
+    def _look(self, what: str) -> None:
+        now = self._clock()
+        if now - self._told >= LOOK_EVERY_S:
+            self._told = now
+            self._tell(f"memory {show_bytes(anonymous_bytes())} of {show_bytes(self._allowed)}, {what}")
+
 
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[Listener | None]:
-    """A listener for stderr, as the terminal allows; None if `quiet`."""
+def progress(quiet: bool = False, stopping: Callable[[], bool] = lambda: False) -> Iterator[Listener | None]:
+    """A listener for stderr, as the terminal allows; None if `quiet`. The bars say so once `stopping` is true."""
     if quiet:
         yield None
     elif not sys.stderr.isatty():
         yield PlainProgress(sys.stderr)
     else:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn as SpeedColumn
+        from mergepipe.cli.bars import Bars
 
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            SpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            yield BarProgress(bars)
+        with Bars(stopping=stopping) as bars:
+            yield BarProgress(bars, bars.tell)

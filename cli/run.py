@@ -12,12 +12,15 @@ from typing import Literal
 
 import click
 
-from mergepipe.cli.options import json_option, print_json, show_bytes, show_seconds, work_option
+from mergepipe.cli.options import STOPPING, json_option, print_json, show_bytes, show_seconds, work_option
 from mergepipe.errors import Interrupted
 
 
 @click.command("run")
 @work_option
+@click.option(
+    "--out", metavar="DIR", type=click.Path(file_okay=False), help="Move the output, before work on it has begun."
+)
 @click.option("--memory", metavar="SIZE", help="Ceiling of this run's memory; the plan's by default.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that compute; one per processor by default.")
 @click.option(
@@ -63,6 +66,7 @@ from mergepipe.errors import Interrupted
 @json_option
 def command(
     work: str,
+    out: str | None,
     memory: str | None,
     workers: int | None,
     device: str,
@@ -87,9 +91,10 @@ def command(
     from mergepipe.cli.progress import progress
     from mergepipe.pipeline.run import run
 
-    with stop_on_signal() as stop, progress(quiet) as listener:
+    with stop_on_signal() as stop, progress(quiet, stop.is_set) as listener:
         result = run(
             work,
+            out=out,
             memory=memory,
             workers=workers,
             device=device,
@@ -121,8 +126,10 @@ def stop_on_signal() -> Iterator[threading.Event]:
     def on_signal(number: int, frame: FrameType | None) -> None:
         # Straight to the descriptor: the signal may have come amidst a write to stderr.
         if stop.is_set():
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h\n")  # the bars have hidden the cursor
             os._exit(Interrupted.exit_code)
-        os.write(2, b"\nstopping: the work under way is finished and kept; once more ends at once\n")
+        os.write(2, f"\n{STOPPING}\n".encode())
         stop.set()
 
     previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}

@@ -32,6 +32,9 @@ def command(work: str, as_json: bool) -> None:
         click.echo(f"merge     {name}: {state}")
     amount = f"{show_bytes(found.done_bytes)} of {show_bytes(found.total_bytes)}"
     click.echo(f"done      {int(found.percent)} %, {amount}, {found.shards_done} of {found.shards} files")
+    if found.work_bytes and found.worked_bytes is not None:
+        amount = f"{show_bytes(found.worked_bytes)} of {show_bytes(found.work_bytes)}"
+        click.echo(f"work      {100 * found.worked_bytes // found.work_bytes} %, {amount} read and written")
     if found.rate and found.left_s is not None:
         click.echo(f"rate      {show_bytes(found.rate)}/s, {show_seconds(found.left_s)} left at that")
     for text in found.damage:

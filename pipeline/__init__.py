@@ -8,9 +8,9 @@ themselves are in :mod:`~mergepipe.pipeline.parsing`, the values that vary over 
 :mod:`~mergepipe.pipeline.values`. A recipe of slices or modules falls into :mod:`~mergepipe.pipeline.parts`, each a
 plain recipe over views of its models (:mod:`~mergepipe.pipeline.stacking`); layers and towers are told by their names
 (:mod:`~mergepipe.pipeline.towers`). :mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers.
-From there the plan, its memory, its graphs and the run follow. A recipe of several documents is a
-:mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will have made
-(:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`).
+From there the plan, its memory, its disk space (:mod:`~mergepipe.pipeline.space`), its graphs and the run follow. A
+recipe of several documents is a :mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will
+have made (:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`).
 
 Where a GPU works is settled in :mod:`~mergepipe.pipeline.devices` and :mod:`~mergepipe.pipeline.scoring`; what a merge
 found out about each tensor is told by :mod:`~mergepipe.pipeline.diagnostics`, and how each has changed measured by

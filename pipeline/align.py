@@ -443,8 +443,11 @@ def _refuse_quantised(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None
 
 
 def _is_code(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor is part of a quantised weight: by its name, or as the scales beside integer codes."""
+    """Whether a tensor is part of a quantised weight: by its name, as a matrix of bytes, or as the scales of codes."""
     if _QUANTISED.search(name):
+        return True
+    entry = checkpoint.tensors[name]
+    if entry.dtype in ("I8", "U8") and name.endswith(".weight") and len(entry.shape) > 1:
         return True
     if not name.endswith(".scales"):
         return False

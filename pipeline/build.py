@@ -11,23 +11,33 @@ Up to the last step nothing is written, unless a copy store is asked for, which 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from mergepipe.errors import BudgetError, CheckpointError, DiskFullError, MergepipeError, RecipeError, WorkspaceError
+from mergepipe.errors import (
+    BudgetError,
+    CheckpointError,
+    DiskFullError,
+    InputChangedError,
+    MergepipeError,
+    RecipeError,
+    WorkspaceError,
+)
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.align import AlignedTensor, Alignment, align
 from mergepipe.pipeline.chain import Merge, check_dropped, load_chain
 from mergepipe.pipeline.chain_plan import earlier_of, is_whole, made_checkpoint, raise_together
 from mergepipe.pipeline.events import Announcer, CopyProgress, Listener, Note
 from mergepipe.pipeline.handover import SHARDS_OPEN
+from mergepipe.pipeline.inputs import check_inputs
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
 from mergepipe.pipeline.parts import parts_of
@@ -35,17 +45,20 @@ from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTens
 from mergepipe.pipeline.recipe import Recipe, settings
 from mergepipe.pipeline.schedule import schedule
 from mergepipe.pipeline.scope import rule_faults
+from mergepipe.pipeline.space import check_room, copies_need, output_need, statistics_need
 from mergepipe.pipeline.stacking import View
 from mergepipe.pipeline.values import layer_counts
 from mergepipe.storage.atomic import fsync_path, write_atomic
 from mergepipe.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from mergepipe.storage.copied import copy_store, held_bytes
+from mergepipe.storage.copied import copy_store
 from mergepipe.storage.dtypes import DTYPES, MERGED_ALIASES
 from mergepipe.storage.layout import group_by_size
 from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
 from mergepipe.storage.virtual import kerchunk_references
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.tasks.registry import method as find_method
+
+logger = logging.getLogger(__name__)
 
 StoreKind = Literal["auto", "virtual", "copy"]
 
@@ -122,9 +135,9 @@ def build(
         except (RecipeError, CheckpointError, BudgetError) as error:
             errors.append((merge.name or "the result", error))
     raise_together(errors, [merge.name for merge in merges[:-1]])
-    _check_room(planned)
     root, plan = Workspace(Path(work)), planned[-1].plan
-    abandoned = [_check_way(found, force, announce) for found in planned]
+    abandoned = [_check_way(found, force) for found in planned]
+    _check_disks(planned, announce)
     check_dropped(root, [found.merge for found in planned[:-1]], force)
     root.create()
     with WorkspaceLock(root):
@@ -196,31 +209,47 @@ def _plan_merge(merge: Merge, options: _Options, before: Sequence[Planned]) -> P
     return Planned(merge, plan, checkpoints)
 
 
-def _check_way(found: Planned, force: bool, announce: Announcer) -> Plan | None:
+def _check_way(found: Planned, force: bool) -> Plan | None:
     """Refuse what is in the way of one merge; the plan of another that has to go, if there is one."""
     plan, workspace = found.plan, found.merge.workspace
     abandoned = _abandoned(workspace, plan, force)
     if found.merge.output is None and outputs.finished(plan) is None:
         outputs.check_folder(Path(plan.output), [model.path for model in plan.models], _unfinished(workspace))
-        _check_output_space(plan, announce)
     return abandoned
 
 
-def _check_room(planned: Sequence[Planned]) -> None:
-    """Room in the workspace for copied stores and for what earlier merges make."""
-    root = planned[-1].merge.workspace.root
-    copies = sum(
-        sum(model.copied_bytes for model in found.plan.models) - held_bytes(found.merge.workspace.stores)
-        for found in planned
-    )
-    outputs.check_space(root, copies, "the copied store")
-    waiting = [found.plan for found in planned[:-1] if outputs.finished(found.plan) is None]
-    made = max(copies, 0) + sum(plan.layout().nbytes - outputs.held_bytes(plan) for plan in waiting)
-    last = planned[-1].plan
-    if waiting and outputs.finished(last) is None and outputs.on_one_disk(root, Path(last.output)):
-        sizes = sorted((shard.size for shard in last.layout().shards), reverse=True)
-        made += sum(sizes[:SHARDS_OPEN])
-    outputs.check_space(root, made, "what the earlier merges make, and some of the result,")
+def _check_disks(planned: Sequence[Planned], announce: Announcer) -> None:
+    """Room for everything; or, of a result of several files, for those that are open at once, to be handed over."""
+    needs = [copies_need(found.plan, found.merge.workspace) for found in planned]
+    waiting = [found for found in planned if outputs.finished(found.plan) is None]
+    needs += [statistics_need(found.plan, found.merge.workspace) for found in waiting]
+    needs += [
+        replace(output_need(found.plan, _head_bytes(found)), what=f"what the earlier merge '{found.merge.name}' makes")
+        for found in waiting
+        if found is not planned[-1]
+    ]
+    last = planned[-1]
+    if last not in waiting:
+        check_room(needs)
+        return
+    try:
+        check_room([output_need(last.plan, _head_bytes(last)), *needs])
+    except DiskFullError:
+        if len(last.plan.groups) <= SHARDS_OPEN:
+            raise
+        check_room([output_need(last.plan, _head_bytes(last), handed_over=True), *needs])
+        announce(
+            Note(
+                f"the disk of '{last.plan.output}' has no room for all {last.plan.layout().nbytes:,} bytes of the "
+                f"output: only `mergepipe run --on-shard COMMAND`, which moves complete files away as it goes, can "
+                f"finish there"
+            )
+        )
+
+
+def _head_bytes(found: Planned) -> Callable[[Source], int]:
+    """Bytes of a head that a model keeps for itself."""
+    return lambda source: found.checkpoints[source.model].tensors[source.name].nbytes
 
 
 def _install(found: Planned, abandoned: Plan | None, announce: Announcer) -> None:
@@ -256,7 +285,9 @@ def _open_all(paths: Sequence[str], made: Mapping[str, Checkpoint]) -> list[Chec
     opened, errors = [], []
     for path in paths:
         try:
-            opened.append(made.get(path) or open_checkpoint(Path(path)))
+            checkpoint = made.get(path) or open_checkpoint(Path(path))
+            logger.info("'%s': %d tensors in %d files", path, len(checkpoint.tensors), len(checkpoint.files))
+            opened.append(checkpoint)
         except CheckpointError as error:
             errors.append(error)
     if len(errors) > 1:
@@ -512,24 +543,6 @@ def _abandoned(workspace: Workspace, plan: Plan, force: bool) -> Plan | None:
     return old
 
 
-def _check_output_space(plan: Plan, announce: Announcer) -> None:
-    """Room for the whole output; or, in several files, for as many as are open at once, to be handed over in turn."""
-    folder, held = Path(plan.output), outputs.held_bytes(plan)
-    sizes = sorted((shard.size for shard in plan.layout().shards), reverse=True)
-    try:
-        outputs.check_space(folder, sum(sizes) - held, "the output")
-    except DiskFullError:
-        if len(sizes) <= SHARDS_OPEN:
-            raise
-        outputs.check_space(folder, sum(sizes[:SHARDS_OPEN]) - held, f"{SHARDS_OPEN} files of the output")
-        announce(
-            Note(
-                f"the disk of '{folder}' has no room for all {sum(sizes):,} bytes of the output: only `mergepipe run "
-                f"--on-shard COMMAND`, which moves complete files away as it goes, can finish there"
-            )
-        )
-
-
 def _unfinished(workspace: Workspace) -> set[str]:
     """Names that an unfinished run of the workspace's present plan may have left in its output folder."""
     if not (workspace.plan_file.exists() and workspace.begun()):
@@ -542,16 +555,24 @@ def _write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Che
     for number, (model, checkpoint) in enumerate(zip(plan.models, checkpoints, strict=True)):
         folder = workspace.store(number, model.label)
         keep.add(folder)
-        kept = _begun_before(folder, model, plan.chunk_bytes)
+        manifest_file = workspace.manifest_file(number, model.label)
+        kept, mend = _begun_before(folder, model, plan.chunk_bytes), False
         if model.made:
             continue  # its manifest is made when its files are
         if kept:
-            if workspace.manifest_file(number, model.label).exists():
-                announce(Note(f"'{model.label}' is copied already: kept"))
-                continue
-            announce(Note(f"'{model.label}' is copied in part already: going on with that"))
-        manifest = _make_store(model, checkpoint, folder, plan.chunk_bytes, announce)
-        manifest.save(workspace.manifest_file(number, model.label))
+            if manifest_file.exists():
+                mend = bool(workspace.damaged(number, model.label)) or not _is_untouched(manifest_file)
+                if not mend:
+                    announce(Note(f"'{model.label}' is copied already: kept"))
+                    continue
+                announce(
+                    Note(f"the copy of '{model.label}' is damaged: all its chunks are checked, bad ones made anew")
+                )
+            else:
+                announce(Note(f"'{model.label}' is copied in part already: going on with that"))
+        manifest = _make_store(model, checkpoint, folder, plan.chunk_bytes, announce, mend=mend)
+        manifest.save(manifest_file)
+        workspace.unmark_damage(number, model.label)
         if manifest.kind == "virtual":
             references = json.dumps(kerchunk_references(manifest)).encode()
             (folder / "kerchunk.json").write_bytes(references)
@@ -574,8 +595,17 @@ def _begun_before(folder: Path, model: PlannedModel, chunk_bytes: int) -> bool:
     return False
 
 
+def _is_untouched(manifest_file: Path) -> bool:
+    """Whether the files of a copy are those that were written, by their sizes and times."""
+    try:
+        check_inputs([ChunkManifest.load(manifest_file)])
+    except (InputChangedError, WorkspaceError):
+        return False
+    return True
+
+
 def _make_store(
-    model: PlannedModel, checkpoint: Checkpoint, folder: Path, chunk_bytes: int, announce: Announcer
+    model: PlannedModel, checkpoint: Checkpoint, folder: Path, chunk_bytes: int, announce: Announcer, *, mend: bool
 ) -> ChunkManifest:
     if model.store == "virtual":
         return virtual_manifest(checkpoint, chunk_bytes)
@@ -585,4 +615,5 @@ def _make_store(
         chunk_bytes,
         lambda nbytes: announce(CopyProgress(model.label, nbytes, model.nbytes)),
         resume=True,
+        mend=mend,
     )

@@ -30,8 +30,8 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 def earlier_first(run: Run) -> Run:
     """Have a function that runs one workspace run those of earlier merges first.
 
-    The workspace stays locked meanwhile. Complete files are handed over to a command of the user's, and diagnostics
-    made, for the result only; whether that can be is seen before anything runs.
+    The workspace stays locked meanwhile. Complete files are handed over to a command of the user's, the output is
+    moved, and diagnostics made, for the result only; whether there is room for the last is seen before anything runs.
     """
 
     @functools.wraps(run)
@@ -41,7 +41,7 @@ def earlier_first(run: Run) -> Run:
             if options.get("diagnostics"):
                 ceiling = ceiling_of(last, options.get("memory"), options.get("workers"))
                 changes.check(last, ceiling, options.get("on_shard"))
-            own = {**options, "on_shard": None, "diagnostics": False}
+            own = {**options, "on_shard": None, "out": None, "diagnostics": False}
             with WorkspaceLock(root):
                 _run_earlier(root, lambda workspace: run(workspace.root, **own), options)
         return run(work, **options)

@@ -8,6 +8,7 @@ never recorded. What is lost when the process dies is what was pending: two seco
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from mergepipe.storage.journal import Journal, Record
 
 COMMIT_BYTES = 256 * 1024 * 1024
 COMMIT_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Committer:
                 records.append(units_record(units))
             if records:
                 self._journal.append(records)
+                logger.debug("committed %d units, %s bytes", len(units), f"{sum(u.stop - u.start for u in units):,}")
 
     def record(self, record: Record) -> None:
         """Append a record whose promise is kept already."""

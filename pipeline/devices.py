@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mergepipe.errors import UsageError, WorkspaceError
+from mergepipe.pipeline.machine import give_back_large_blocks
 from mergepipe.storage.journal import Record
 
 
@@ -84,11 +85,16 @@ def device_record(device: str) -> Record:
 
 @contextmanager
 def one_thread(needed: bool) -> Iterator[None]:
-    """Let torch use one thread in each worker: results then do not depend on how many processors there are."""
+    """Let torch use one thread in each worker: results then do not depend on how many processors there are.
+
+    The blocks that it allocates are matrices; see :func:`mergepipe.pipeline.machine.give_back_large_blocks`.
+    """
     if not needed:
         yield
         return
     import torch
+
+    give_back_large_blocks()
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -25,15 +25,33 @@ TAIL_BYTES = 64 * 1024
 
 def last_failure(path: Path) -> str | None:
     """What ended the latest run, if that was an error and no request to stop; None where the log does not say."""
+    line = next(_latest(path), {})
+    if line.get("event") != "Stopped" or line.get("kind") == "Interrupted":
+        return None
+    return str(line.get("reason"))
+
+
+def last_progress(path: Path) -> tuple[int, int] | None:
+    """Bytes that the latest run has read and written in all its sweeps, and those it is to; None if it does not say."""
+    for line in _latest(path):
+        done, total = line.get("done_bytes"), line.get("total_bytes")
+        if line.get("event") in ("Progress", "RunStarted") and isinstance(done, int) and isinstance(total, int):
+            return done, total
+    return None
+
+
+def _latest(path: Path) -> Iterator[dict[str, Any]]:
+    """The last lines of a log, the latest first; up to one that can't be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            line = json.loads(file.read().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return None
-    if not isinstance(line, dict) or line.get("event") != "Stopped" or line.get("kind") == "Interrupted":
-        return None
-    return str(line.get("reason"))
+            for text in reversed(file.read().splitlines()):
+                line = json.loads(text)
+                if not isinstance(line, dict):
+                    return
+                yield line
+    except (OSError, ValueError):
+        return
 
 
 class EventLog:

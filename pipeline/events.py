@@ -28,11 +28,15 @@ class CopyProgress:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """A run begins: `total_bytes` are to be read and written in all sweeps together, `done_bytes` of them are done."""
+    """A run begins: `total_bytes` are to be read and written in all sweeps together, `done_bytes` of them are done.
+
+    It may take `allowed_bytes` of memory.
+    """
 
     total_bytes: int
     tensors: int
     done_bytes: int = 0
+    allowed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergepipe.errors import InputChangedError
+from mergepipe.pipeline.plan import Plan
 from mergepipe.storage.direct import supports_direct
 from mergepipe.storage.manifest import ChunkManifest
+from mergepipe.storage.workspace import Workspace
 
 
 def check_inputs(manifests: Sequence[ChunkManifest]) -> None:
@@ -39,3 +41,15 @@ def all_direct(manifests: Sequence[ChunkManifest]) -> bool:
     """Whether everything can be read past the page cache; one file of each folder answers for the others."""
     files = {Path(info.path).parent: info.path for manifest in manifests for info in manifest.files}
     return all(supports_direct(path) for path in files.values())
+
+
+def mark_damage(workspace: Workspace, plan: Plan, manifests: Sequence[ChunkManifest], damaged: Sequence[str]) -> None:
+    """Note which chunks of copied stores do not match their checksums: the next `build` then looks at all of them."""
+    for number, (model, manifest) in enumerate(zip(plan.models, manifests, strict=True)):
+        inside = [path for path in damaged if manifest.root is not None and path.startswith(f"{manifest.root}/")]
+        workspace.mark_damage(number, model.label, inside)
+
+
+def marked_damage(workspace: Workspace, plan: Plan) -> list[str]:
+    """Chunks of copied stores that were found damaged, and not made anew since."""
+    return [path for number, model in enumerate(plan.models) for path in workspace.damaged(number, model.label)]

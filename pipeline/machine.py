@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
+
+LARGE_BYTES = 1024 * 1024
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 
 def cpu_count() -> int:
@@ -52,6 +57,17 @@ def group_limits(groups: str, root: Path) -> Iterator[int]:
                 left = _left(folder, *names)
                 if left is not None:
                     yield left
+
+
+def give_back_large_blocks() -> None:
+    """Have the C library return every large block to the system once it is freed, as long as this process lives.
+
+    glibc raises the size from which it does so up to 32 MiB as such blocks come and go, and then keeps what several
+    threads have freed: 325 MiB were measured beside 550 MiB in use, in a merge of whole matrices by four workers.
+    Elsewhere, nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _left(folder: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:

@@ -9,6 +9,7 @@ metadata: the rescaler of each tensor.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,12 +18,18 @@ import numpy as np
 from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline.outputs import TASKS_FOLDER
 from mergepipe.pipeline.plan import Plan
-from mergepipe.storage.bits import MaskWriter, mask_layout, masks_exist
+from mergepipe.storage.bits import MaskWriter, mask_layout, masks_exist, reserve_masks
 from mergepipe.tasks.method import Array, State
 from mergepipe.tasks.registry import METHODS
 
 RESCALERS = "mergepipe.rescalers"
 """Key in a mask file's metadata: JSON, factor by name of the tensor."""
+
+PAGE_BYTES = 4096
+"""What a mask file's header is filled up to a multiple of."""
+
+TENSOR_BYTES = 512
+"""What it says of one tensor, name and rescaler, at the most."""
 
 
 def masked_tensors(plan: Plan) -> dict[int, dict[int, int]]:
@@ -33,6 +40,14 @@ def masked_tensors(plan: Plan) -> dict[int, dict[int, int]]:
             for position, source in enumerate(tensor.models):
                 found.setdefault(source.model, {})[number] = position
     return found
+
+
+def mask_bytes(plan: Plan) -> dict[int, int]:
+    """Bytes of the file with masks of each model that has one, at the most."""
+    return {
+        model: PAGE_BYTES + sum(math.prod(plan.tensors[number].shape) // 8 + TENSOR_BYTES for number in members)
+        for model, members in masked_tensors(plan).items()
+    }
 
 
 class TaskMasks:
@@ -47,6 +62,24 @@ class TaskMasks:
         self._plan = plan
         self._members = masked_tensors(plan)
         self._writers: dict[int, MaskWriter] = {}
+
+    def reserve(self, *, begun: bool) -> None:
+        """Set disk space aside for all files, before rounds find out what goes into them.
+
+        Parameters
+        ----------
+        begun : bool
+            Whether some of the output is there already; the files are, too, then.
+
+        Raises
+        ------
+        DiskFullError
+        """
+        for model, nbytes in () if begun else mask_bytes(self._plan).items():
+            reserve_masks(self._folder(model), nbytes)
+
+    def _folder(self, model: int) -> Path:
+        return Path(self._plan.output) / TASKS_FOLDER / self._plan.models[model].label
 
     def open(self, state_of: Callable[[int], State], *, begun: bool) -> None:
         """Open all files, once the rescalers are known.
@@ -64,7 +97,7 @@ class TaskMasks:
             If it is, but a file with masks is gone.
         """
         for model, members in self._members.items():
-            folder = Path(self._plan.output) / TASKS_FOLDER / self._plan.models[model].label
+            folder = self._folder(model)
             if begun and not masks_exist(folder):
                 raise WorkspaceError(
                     f"the masks in '{folder}' are gone, while the merge they belong to is unfinished: start again with "

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from mergepipe.errors import CheckpointNotFoundError
 from mergepipe.pipeline import outputs
+from mergepipe.pipeline.space import Need, check_room
 from mergepipe.pipeline.unmask import TaskMask
 from mergepipe.storage.atomic import write_atomic
 from mergepipe.storage.bits import MASKS_NAME
 from mergepipe.storage.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from mergepipe.storage.layout import INDEX_NAME, OutputTensor, ShardLayout, lay_out
-from mergepipe.storage.manifest import ChunkManifest, Segment
+from mergepipe.storage.manifest import Segment
 from mergepipe.storage.readers import MmapReader, Reader
 from mergepipe.storage.writer import ShardWriter
 
@@ -70,7 +68,7 @@ def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | P
     chosen = _choose(checkpoint, head)
     groups = _groups(checkpoint, chosen)
     layout = lay_out(groups, {"format": "pt"})
-    outputs.check_space(target, layout.nbytes, f"task '{task}'")
+    check_room([Need(target, layout.nbytes, f"task '{task}'")])
     target.mkdir(parents=True, exist_ok=True)
     reader = MmapReader()
     writers = [_write_shard(target, shard, chosen, mask, reader) for shard in layout.shards]
@@ -127,40 +125,3 @@ def _write_shard(
                 writer.write(place.offset + start, window)
     writer.seal(sha256=False)
     return writer
-
-
-def write_head(
-    folder: Path,
-    model_folder: Path,
-    tensors: list[OutputTensor],
-    manifest: ChunkManifest,
-    reader: Reader,
-) -> None:
-    """Keep a model's own head and configuration in a folder that is a small checkpoint of its own.
-
-    Parameters
-    ----------
-    folder : Path
-        `heads/NAME` of the output; made anew.
-    model_folder : Path
-        The model it comes from, for its configuration.
-    tensors : list of OutputTensor
-        The head's tensors, under the names they have in `manifest`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    layout = lay_out([tensors], {"format": "pt"})
-    writer = ShardWriter(folder, layout.shards[0])
-    for place in layout.shards[0].tensors:
-        writer.write(place.offset, _whole(manifest, place.name, place.shape, reader))
-    writer.seal(sha256=False)
-    outputs.copy_sidecars(model_folder, folder, {})
-    writer.publish()
-
-
-def _whole(manifest: ChunkManifest, name: str, shape: tuple[int, ...], reader: Reader) -> npt.NDArray[Any]:
-    """All bytes of a head's tensor: heads are small beside the models they belong to."""
-    size = 1
-    for length in shape:
-        size *= length
-    with reader.window(manifest.segments(name, 0, size), last=True) as window:
-        return window.copy()

@@ -15,10 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergepipe.errors import DiskFullError, OutputExistsError
+from mergepipe.errors import OutputExistsError
 from mergepipe.pipeline.card import model_card
 from mergepipe.pipeline.measure import Meter
 from mergepipe.pipeline.plan import Plan
+from mergepipe.storage import copied
 from mergepipe.storage.atomic import temporary_of, write_atomic
 from mergepipe.storage.layout import INDEX_NAME
 from mergepipe.storage.writer import READ_BACK_BYTES, SealedShard, publish_part
@@ -92,31 +93,6 @@ def check_folder(folder: Path, inputs: Iterable[str], ours: Iterable[str] = ()) 
         raise OutputExistsError(f"the output '{folder}' is a file: choose another folder with --out")
 
 
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse work that can't end well: `needed` bytes must be free on the disk that `folder` is or will be on.
-
-    Raises
-    ------
-    DiskFullError
-    """
-    free = shutil.disk_usage(_existing(folder)).free
-    if free < needed:
-        raise DiskFullError(
-            f"{what} in '{folder}' needs {needed:,} bytes, {free:,} are free: make room, or choose another disk"
-        )
-
-
-def on_one_disk(one: Path, other: Path) -> bool:
-    """Whether two folders are, or will be, on the same filesystem."""
-    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 def work_names(plan: Plan) -> set[str]:
     """Names that an unfinished run of this plan may have left in the output folder; a kill may come at the very end."""
     shards = {f"{shard.file}{end}" for shard in plan.layout().shards for end in ("", ".part")}
@@ -133,8 +109,8 @@ def sweep(plan: Plan) -> None:
 
 
 def held_bytes(plan: Plan) -> int:
-    """Bytes of disk that the unfinished shards of this plan hold already."""
-    total = 0
+    """Bytes of disk that the unfinished files of this plan hold already."""
+    total = sum(copied.held_bytes(Path(plan.output) / name) for name in (HEADS_FOLDER, TASKS_FOLDER))
     for shard in plan.layout().shards:
         for end in ("", ".part"):
             with contextlib.suppress(OSError):
@@ -166,12 +142,20 @@ def copy_sidecars(source: Path, target: Path, changes: Mapping[str, Any]) -> Non
     """Copy configuration and tokenizer files; `changes`, as deep as it is, replace values of `config.json`."""
     for path in _sidecars(source):
         if path.is_dir():
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            _copy_folder(path, target / path.name)
             continue
         data = path.read_bytes()
         if path.name == "config.json" and changes:
             data = _changed(data, changes)
         write_atomic(target / path.name, data)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy the regular files of a folder, not their modes: the copy may be from a read-only place."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            write_atomic(target / path.name, path.read_bytes())
 
 
 def _changed(config: bytes, changes: Mapping[str, Any]) -> bytes:

@@ -177,6 +177,8 @@ class RecipeParser(PartsParser):
             path = f"{at}.models[{index}]"
             if not isinstance(item, Mapping) or "model" not in item:
                 self._fault(path, f"expected a mapping with `model`, found {item!r}")
+                if isinstance(item, Mapping):
+                    self._unknown_keys(item, path, ("model", "parameters"))
                 continue
             self._unknown_keys(item, path, ("model", "parameters"))
             model = self._reference(item["model"], f"{path}.model")

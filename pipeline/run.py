@@ -8,11 +8,12 @@ Running again replays the journal and does the rest.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import groupby
@@ -37,12 +38,13 @@ from mergepipe.pipeline.events import (
 )
 from mergepipe.pipeline.graph import MAX_BUNDLE_BYTES, Graph, bundles, count_tasks, run_bundle, tensor_graph
 from mergepipe.pipeline.handover import check_command, hand_over, handed_record
-from mergepipe.pipeline.inputs import all_direct, check_inputs
+from mergepipe.pipeline.inputs import check_inputs, mark_damage
 from mergepipe.pipeline.masks import TaskMasks
-from mergepipe.pipeline.materialize import write_head
 from mergepipe.pipeline.measure import Meter
 from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling
+from mergepipe.pipeline.move import move_output
 from mergepipe.pipeline.plan import Plan, Source
+from mergepipe.pipeline.reading import ReaderKind, choose_reading
 from mergepipe.pipeline.resume import (
     Progress,
     begin_record,
@@ -52,21 +54,14 @@ from mergepipe.pipeline.resume import (
     state_record,
 )
 from mergepipe.pipeline.rounds import RoundId, SharedStates, groups
-from mergepipe.pipeline.schedule import (
-    ScheduledTensor,
-    ceiling_of,
-    held_for_matrices,
-    is_resident,
-    pool_bytes,
-    schedule,
-)
+from mergepipe.pipeline.schedule import ScheduledTensor, ceiling_of, held_for_matrices, is_resident
 from mergepipe.pipeline.shards import Shards
+from mergepipe.pipeline.side_heads import SideHeads
+from mergepipe.pipeline.space import statistics_need
 from mergepipe.storage.atomic import no_room_errors
-from mergepipe.storage.direct import DirectReader
+from mergepipe.storage.ballast import Ballast
 from mergepipe.storage.journal import Journal, read_journal
-from mergepipe.storage.layout import OutputTensor
 from mergepipe.storage.manifest import ChunkManifest
-from mergepipe.storage.readers import MmapReader, Reader
 from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.storage.writer import SealedShard
@@ -75,8 +70,9 @@ from mergepipe.tasks.nodes import MatrixWork, Nowhere, TensorCopy, TensorSource,
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.rows_torch import Scorer
 
+logger = logging.getLogger(__name__)
+
 Verify = Literal["none", "sample", "full"]
-ReaderKind = Literal["auto", "mmap", "direct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +95,7 @@ class Result:
 def run(
     work: str | Path = ".mergepipe",
     *,
+    out: str | Path | None = None,
     memory: str | int | None = None,
     workers: int | None = None,
     device: str = "auto",
@@ -117,6 +114,8 @@ def run(
     ----------
     work : path
         The workspace that `build` wrote.
+    out : path, optional
+        The output folder, in place of the plan's: until work begins the output can be moved.
     memory : size, optional
         Ceiling of this run ("2GiB"); the plan's by default.
     workers : int, optional
@@ -150,7 +149,8 @@ def run(
     Raises
     ------
     WorkspaceError
-        If there is no plan, or one of another version, or another process is at work on it.
+        If there is no plan, or one of another version, or another process is at work on it; or if `out` is another
+        folder than that in which work has begun.
     InputChangedError
         If an input file is no longer what it was when the plan was made.
     MemoryBudgetError, DiskFullError
@@ -171,6 +171,8 @@ def run(
         announce = Announcer(log)
         plan = Plan.from_json(workspace.read_plan())
         _check_version(plan, workspace)
+        if out is not None:
+            plan = move_output(plan, workspace, out, restart=restart, handed_over=on_shard is not None)
         ended = stop or threading.Event()
         ceiling = ceiling_of(plan, memory, workers)
         if diagnostics:
@@ -260,21 +262,20 @@ class _Run:
             ChunkManifest.load(workspace.manifest_file(number, model.label)) for number, model in enumerate(plan.models)
         ]
         check_inputs(self.manifests)
-        direct = reader == "direct" or (reader == "auto" and all_direct(self.manifests))
-        gathered = [direct or not manifest.is_mappable for manifest in self.manifests]
-        self.scheduled = schedule(plan, ceiling, gathered=gathered)
+        self._allowed = ceiling.allowed
+        self._reading = choose_reading(reader, plan, ceiling, self.manifests)
+        self.scheduled = self._reading.scheduled
         self._whole = any(item.held for item in self.scheduled)
         self._asked_device = device
         self._staging = scoring.staging_bytes(plan)
-        self._scoring = self._settle_scoring(ceiling, gathered) if self._staging else "cpu"
+        self._scoring = self._settle_scoring(ceiling, self._reading.gathered) if self._staging else "cpu"
         self._drivers = Drivers(stop, f"`mergepipe run --work {workspace.root}` goes on with it")
         self._admission = Admission(held_for_matrices(self.scheduled, ceiling.allowed), self._drivers.check_stop)
         self._element_wise = threading.BoundedSemaphore(TENSORS_IN_FLIGHT)
-        self._pool_bytes = pool_bytes(self.scheduled)
+        self._reading = replace(self._reading, scheduled=self.scheduled)
+        self._reader, self._pool_bytes = self._reading.open(), self._reading.pool
         self.layout = plan.layout()
         self.folder = Path(plan.output)
-        self._direct = direct
-        self._reader: Reader = DirectReader(self._pool_bytes) if direct else MmapReader()
         self._buffers = WorkerBuffers()
         self._lock = threading.Lock()
         self._works: dict[int, TensorWork | TensorCopy] = {}
@@ -294,23 +295,30 @@ class _Run:
         """Do everything up to the sealing of the last shard."""
         self._journal = Journal(self.workspace.journal_file)
         self._masks = TaskMasks(self.plan)
+        self._heads = SideHeads(self.plan, self.manifests)
         try:
             self._progress = self._resume(verify)
             self._settle_device()
             self.shards = self._new_shards()
-            try:
-                self.shards.open()
-                with devices.one_thread(self._whole or self._scorer is not None):
-                    sealed = self._compute()
-            finally:
-                self.shards.close()
-                self._statistics.flush()
+            room = statistics_need(self.plan, self.workspace).nbytes
+            with Ballast(self.workspace.ballast_file, room) as self._statistics.ballast:
+                try:
+                    self.shards.open()
+                    self._heads.open()
+                    self._masks.reserve(begun=self._has_output)
+                    with devices.one_thread(self._whole or self._scorer is not None):
+                        sealed = self._compute()
+                finally:
+                    self.shards.close()
+                    self._statistics.flush()
             check_inputs(self.manifests)
             return sealed
         finally:
             self._masks.close()
+            self._heads.close()
             self._reader.close()
             self._journal.close()
+            mark_damage(self.workspace, self.plan, self.manifests, self._reading.files.damaged)
 
     def _resume(self, verify: Verify) -> Progress:
         """What earlier runs have done, and is still there to see."""
@@ -380,19 +388,28 @@ class _Run:
         self._plan_rest()
         total = sum(item.bytes_read + item.tensor.output.nbytes for item in self.scheduled)
         left = sum(self._bytes_left(number) for number in self._todo)
-        self.announce(RunStarted(total, len(self.scheduled), total - left))
+        kind = type(self._reader).__name__
+        logger.info(
+            "%d of %d tensors to make, %d workers, %s", len(self._todo), len(self.scheduled), self.workers, kind
+        )
+        self.announce(RunStarted(total, len(self.scheduled), total - left, self._allowed))
         pool = ThreadPoolExecutor(self.workers, "mergepipe-worker")
         try:
             self.shards.start()
             self._make_rounds(pool)
-            self._masks.open(self._rounds.state_of, begun=bool(self._progress.written or self._progress.sealed))
+            self._masks.open(self._rounds.state_of, begun=self._has_output)
             self._drivers.drive(self._bundles(), lambda bundle: self._run(bundle, pool), self._driver_count)
             self.shards.committer.commit()
             self._masks.finish()
-            self._keep_heads()
+            self._heads.write(self._reader)
             return self.shards.all_sealed()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    @property
+    def _has_output(self) -> bool:
+        """Whether earlier runs have made some of it."""
+        return bool(self._progress.written or self._progress.sealed)
 
     @property
     def _driver_count(self) -> int:
@@ -541,7 +558,7 @@ class _Run:
         return lambda stage, nbytes: self.announce(UnitFinished(name, stage, nbytes))
 
     def _is_resident(self, number: int) -> bool:
-        return not self._direct or is_resident(self.scheduled[number], self._pool_bytes)
+        return not self._reading.direct or is_resident(self.scheduled[number], self._pool_bytes)
 
     def _source(self, source: Source) -> TensorSource:
         model = self.plan.models[source.model]
@@ -560,14 +577,6 @@ class _Run:
         with self._lock:
             work = self._works.pop(number)
         work.end()
+        logger.debug("'%s' is made", self.plan.tensors[number].name)
         self.announce(TensorFinished(self.plan.tensors[number].name))
         self.shards.finish(number)
-
-    def _keep_heads(self) -> None:
-        """Write the heads that models keep for themselves, each a small checkpoint beside the merge."""
-        for label, sources in self.plan.side.items():
-            number = sources[0].model
-            manifest = self.manifests[number]
-            tensors = [OutputTensor(s.name, s.dtype, manifest.arrays[s.name].shape) for s in sources]
-            folder = self.folder / outputs.HEADS_FOLDER / label
-            write_head(folder, Path(self.plan.models[number].path), tensors, manifest, self._reader)

@@ -43,6 +43,10 @@ RESIDENT_SHARE = 2
 """How many tensor sets of its size a pool has to hold for one to be kept: one is computed while the next is read."""
 
 
+COPIED_ELEMENTS = 4096
+"""Units of copied tensors are multiples of this."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledTensor:
     """One tensor, cut into units.
@@ -115,13 +119,21 @@ def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> 
     found = {tensor.name: _matrix(tensor, plan, gathered, ceiling.workers, ahead) for tensor in plan.tensors}
     whole = {name: shape for name, shape in found.items() if shape is not None}
     if not whole:
-        return tuple(_cut(tensor, plan, ceiling, gathered, ahead) for tensor in plan.tensors)
+        try:
+            return tuple(_cut(tensor, plan, ceiling, gathered, ahead) for tensor in plan.tensors)
+        except MemoryBudgetError:
+            worst = max(plan.tensors, key=lambda tensor: _smallest(tensor, plan, ceiling, gathered, ahead))
+            _cut(worst, plan, ceiling, gathered, ahead)  # names the ceiling that would do for all
+            raise
     # The largest matrix is set apart first: element-wise tensors, whose units can shrink, share the rest.
     needs = {name: matrix_bytes(shape, ceiling.workers) for name, shape in whole.items()}
     largest = max(needs, key=lambda name: needs[name])
     rest = replace(ceiling, reserved=ceiling.reserved + TORCH_BYTES + needs[largest])
+    all_gathered = [True] * len(plan.models)  # how they are read is known only when the plan is run
     others = [tensor for tensor in plan.tensors if tensor.name not in whole]
-    smallest = rest.reserved + max((_smallest(tensor, plan, ceiling, ahead) for tensor in others), default=0)
+    smallest = rest.reserved + max(
+        (_smallest(tensor, plan, ceiling, all_gathered, ahead) for tensor in others), default=0
+    )
     if smallest > ceiling.allowed:
         raise MemoryBudgetError(
             f"'{largest}' is worked on as a whole matrix and does not fit the memory ceiling: it takes "
@@ -195,11 +207,11 @@ def _matrix(
     )
 
 
-def _smallest(tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, ahead: Ahead) -> int:
-    """Bytes that an element-wise tensor takes at the least, however it is read."""
-    gathered = [True] * len(plan.models)
+def _smallest(tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, gathered: Sequence[bool], ahead: Ahead) -> int:
+    """Bytes that an element-wise tensor takes at the least."""
     if tensor.action == "copy":
-        return _cut(tensor, plan, ceiling, gathered, ahead).projected - ceiling.reserved
+        unit = _copied_unit(tensor, gathered)
+        return ceiling.smallest(unit, TensorShape(0, 0), unit.elements)
     unit, kept, block = _unit(tensor, plan, gathered, ahead)
     return ceiling.smallest(unit, kept, block)
 
@@ -225,13 +237,12 @@ def _cut(
 ) -> ScheduledTensor:
     size = int(np.prod(tensor.shape, dtype=np.int64))
     itemsize = DTYPES[tensor.dtype].itemsize
-    gathers = any(gathered[source.model] for source in tensor.sources) if gathered else False
     if tensor.action == "copy":
-        # A copied window is mapped and written: it takes memory only where it has to be gathered.
-        step = max(1, plan.chunk_bytes // itemsize)
+        unit, none = _copied_unit(tensor, gathered), TensorShape(0, 0)
+        wanted = plan.chunk_bytes // itemsize // unit.elements
+        step = unit.elements * ceiling.blocks_per_unit(unit, none, wanted, unit.elements, tensor.name)
         units = tuple((start, min(start + step, size)) for start in range(0, size, step))
-        unit = UnitShape(min(step, size), 1, itemsize, 0, 0, 0, gathers)
-        none = TensorShape(0, 0)
+        unit = replace(unit, elements=min(step, size))
         return ScheduledTensor(tensor, units, (), ceiling.projected(unit, none), ceiling.pool_bytes(unit, none))
     job = tensor.job(plan.seed)
     sweeps = find_method(tensor.method).reductions(job)
@@ -247,12 +258,20 @@ def _cut(
     return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds, sweep_reads=reads)
 
 
+def _copied_unit(tensor: PlannedTensor, gathered: Sequence[bool]) -> UnitShape:
+    """The smallest unit of a copied tensor: mapped and written, it takes memory only where it has to be gathered."""
+    return UnitShape(COPIED_ELEMENTS, 1, DTYPES[tensor.dtype].itemsize, 0, 0, 0, _gathers(tensor, gathered))
+
+
+def _gathers(tensor: PlannedTensor, gathered: Sequence[bool]) -> bool:
+    return any(gathered[source.model] for source in tensor.sources) if gathered else False
+
+
 def _unit(
     tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool], ahead: Ahead
 ) -> tuple[UnitShape, TensorShape, int]:
     """A unit of one block, what the reductions keep, and the elements of a block."""
     itemsize = DTYPES[tensor.dtype].itemsize
-    gathers = any(gathered[source.model] for source in tensor.sources) if gathered else False
     job = tensor.job(plan.seed)
     method = find_method(tensor.method)
     sweeps = (*ahead.get(tensor.name, ()), *method.reductions(job))
@@ -269,7 +288,7 @@ def _unit(
         output_itemsize=itemsize,
         work_itemsize=job.work.itemsize,
         scratch_rows=method.scratch_rows,
-        gathered=gathers,
+        gathered=_gathers(tensor, gathered),
     )
     return unit, kept, block
 

@@ -7,6 +7,7 @@ under one of its two names.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ from mergepipe.storage.journal import Journal
 from mergepipe.storage.layout import OutputLayout, PlacedTensor
 from mergepipe.storage.writer import PAGE, SealedShard, ShardWriter, crc32c, publish_part, sync_folder
 from mergepipe.tasks.method import Array
+
+logger = logging.getLogger(__name__)
 
 
 class Shards:
@@ -103,7 +106,9 @@ class Shards:
 
     def start(self) -> None:
         """Go on with what earlier runs left to do after the last tensor of a shard."""
-        for number in sorted(self._progress.sealed.keys() - self._progress.handed):
+        left = sorted(self._progress.sealed.keys() - self._progress.handed)
+        self._unfinished.update(left)
+        for number in left:
             self._sealer.submit(self._hand_over, number)
         for number in [number for number, count in self._open_tensors.items() if count == 0]:
             self._seal(number)
@@ -168,7 +173,11 @@ class Shards:
         """The writer of a shard, opened at its first use."""
         with self._lock:
             if shard not in self._writers:
-                writer = self._writers[shard] = ShardWriter(self._folder, self._layout.shards[shard])
+                layout = self._layout.shards[shard]
+                writer = self._writers[shard] = ShardWriter(self._folder, layout)
+                logger.info(
+                    "%s: %s bytes allocated for %d tensors", layout.file, f"{layout.size:,}", len(layout.tensors)
+                )
                 self._mark_done(shard, writer)
                 self._unfinished.add(shard)
             return self._writers[shard]
@@ -192,11 +201,14 @@ class Shards:
         try:
             self._drivers.check_stop()
             writer = self._writer(number)
+            began = time.monotonic()
             self.committer.commit()
             sealed = writer.seal(sha256=self._sha256)
             self.committer.record(sealed_record(number, sealed))
             if len(self._layout.shards) > 1:
                 writer.publish()
+            seconds = time.monotonic() - began
+            logger.info("%s: synced, read back and checked in %.1f s, SHA-256 %s", sealed.file, seconds, sealed.sha256)
             self._announce(ShardSealed(sealed.file, sealed.size))
         except BaseException as error:
             self._drivers.fail(error)
@@ -212,6 +224,7 @@ class Shards:
                 hand_over(self._on_shard, self._folder / self._layout.shards[number].file)
                 self.committer.record(handed_record(number))
                 self.handed.add(number)
+                logger.info("%s: handed over", self._layout.shards[number].file)
             self._unfinished.discard(number)
         except BaseException as error:
             self._drivers.fail(error)

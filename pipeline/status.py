@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 from mergepipe.pipeline import outputs, recheck
-from mergepipe.pipeline.eventlog import last_failure
+from mergepipe.pipeline.eventlog import last_failure, last_progress
+from mergepipe.pipeline.inputs import marked_damage
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.resume import Progress
 from mergepipe.storage.journal import Record, read_journal
 from mergepipe.storage.workspace import Workspace
 
 State = Literal["built", "running", "interrupted", "damaged", "done"]
+
+MISMATCH = "does not match its checksum"
+"""Said of a chunk of a copied store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,9 @@ class Status:
         Durable output bytes per second of the latest run; None before its first commit.
     left_s : float or None
         Seconds to go at that rate.
+    worked_bytes, work_bytes : int or None
+        While a process is at work: bytes that it has read and written in all sweeps, and those it is to. Sweeps over
+        the whole model come before the first byte of the output.
     damage : tuple of str
         What is not as the journal says.
     remedy : str
@@ -72,6 +79,8 @@ class Status:
     remedy: str
     failure: str | None = None
     merges: dict[str, State] = field(default_factory=dict)
+    worked_bytes: int | None = None
+    work_bytes: int | None = None
 
     @property
     def percent(self) -> float:
@@ -123,7 +132,7 @@ def _together(root: Workspace, last: Status, before: dict[str, Status]) -> Statu
         rate=current.rate,
         left_s=None if not current.rate else (total - done) / current.rate,
         damage=tuple(text for found in everyone for text in found.damage),
-        remedy=_remedy(state, root),
+        remedy=_remedy(state, root, mend=any(text.endswith(MISMATCH) for found in everyone for text in found.damage)),
         failure=current.failure,
         merges=merges,
     )
@@ -139,10 +148,12 @@ def _status(workspace: Workspace, now: float | None) -> Status:
     damage: tuple[str, ...] = ()
     if process is None and (finished or progress.plan is not None):
         damage = tuple(recheck.check(progress, plan, layout, Path(plan.output), "none").notes)
-    state = _state(process, finished, workspace.begun(), damage)
+    copies = () if finished else tuple(f"'{path}' {MISMATCH}" for path in marked_damage(workspace, plan))
+    state = _state(process, finished, workspace.begun(), damage + copies)
     data = sum(tensor.output.nbytes for tensor in plan.tensors)
     done = data if state == "done" else progress.done_bytes(plan)
     rate = None if state == "done" else _rate(records, time.time() if now is None and process is not None else now)
+    worked, total = (last_progress(workspace.events_file) or (None, None)) if state == "running" else (None, None)
     return Status(
         state=state,
         plan=plan.id,
@@ -156,9 +167,11 @@ def _status(workspace: Workspace, now: float | None) -> Status:
         tensors=len(plan.tensors),
         rate=rate,
         left_s=None if not rate else (data - done) / rate,
-        damage=damage,
-        remedy=_remedy(state, workspace),
+        damage=damage + copies,
+        remedy=_remedy(state, workspace, mend=bool(copies)),
         failure=last_failure(workspace.events_file) if state in ("interrupted", "damaged") else None,
+        worked_bytes=worked,
+        work_bytes=total,
     )
 
 
@@ -172,8 +185,10 @@ def _state(process: int | None, finished: bool, begun: bool, damage: tuple[str, 
     return "interrupted" if begun else "built"
 
 
-def _remedy(state: State, workspace: Workspace) -> str:
+def _remedy(state: State, workspace: Workspace, *, mend: bool) -> str:
     run = f"mergepipe run --work {workspace.root}"
+    if mend and state == "damaged":
+        return f"`mergepipe build RECIPE --work {workspace.root}` mends the copied stores, `{run}` then goes on"
     return {
         "built": f"begin with `{run}`",
         "running": "wait, or stop it with Ctrl-C: it goes on later",

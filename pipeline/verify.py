@@ -17,6 +17,7 @@ from mergepipe.errors import CheckpointNotFoundError, DamageError, MergepipeErro
 from mergepipe.pipeline import outputs, recheck
 from mergepipe.pipeline.plan import Plan, PlannedModel
 from mergepipe.pipeline.resume import Progress
+from mergepipe.storage.checked import is_whole_file
 from mergepipe.storage.header import Header, read_header
 from mergepipe.storage.journal import parse
 from mergepipe.storage.layout import INDEX_NAME
@@ -223,7 +224,7 @@ def _check_workspace(workspace: Workspace, report: Report) -> None:
     for number, model in enumerate(plan.models):
         path = workspace.manifest_file(number, model.label)
         if path.is_file() or not model.made:
-            _check_store(path, model, report)
+            workspace.mark_damage(number, model.label, _check_store(path, model, report))
     if workspace.holder() is not None:
         report.notes.append("a run is at work: its output is not checked")
     elif outputs.finished(plan) is not None:
@@ -232,13 +233,14 @@ def _check_workspace(workspace: Workspace, report: Report) -> None:
         _check_progress(workspace, plan, report)
 
 
-def _check_store(path: Path, model: PlannedModel, report: Report) -> None:
+def _check_store(path: Path, model: PlannedModel, report: Report) -> list[str]:
+    """Check the files of a model; returns the chunks of a copy that `build` has to make anew."""
     report.files += 1
     try:
         manifest = ChunkManifest.load(path)
     except MergepipeError as error:
         report.damage.append(Damage(str(path), str(error)))
-        return
+        return []
     for info in manifest.files:
         file = Path(info.path)
         if not file.is_file():
@@ -246,12 +248,12 @@ def _check_store(path: Path, model: PlannedModel, report: Report) -> None:
         elif file.stat().st_size != info.size:
             found = file.stat().st_size
             report.damage.append(Damage(info.path, f"has {found:,} bytes, had {info.size:,} when it was built"))
-    if manifest.kind == "copy":
-        _check_copy(manifest, report)
+    return _check_copy(manifest, report) if manifest.kind == "copy" else []
 
 
-def _check_copy(manifest: ChunkManifest, report: Report) -> None:
-    """The chunks of a copied store end in their own checksum."""
+def _check_copy(manifest: ChunkManifest, report: Report) -> list[str]:
+    """The chunks of a copied store end in their own checksum; returns the damaged ones."""
+    damaged = []
     for name, array in manifest.arrays.items():
         for chunk in _chosen(len(array.files), report.full):
             info = manifest.files[int(array.files[chunk])]
@@ -259,9 +261,11 @@ def _check_copy(manifest: ChunkManifest, report: Report) -> None:
             if not path.is_file() or path.stat().st_size != info.size:
                 continue  # told already
             report.nbytes += info.size
-            stored = int.from_bytes(path.read_bytes()[-4:], "little")
-            if crc32c_of_range(path, 0, info.size - 4) != stored:
-                report.damage.append(Damage(info.path, "does not match its checksum", (name,), chunk))
+            if not is_whole_file(path):
+                damaged.append(info.path)
+                text = "does not match its checksum: `mergepipe build` makes it anew"
+                report.damage.append(Damage(info.path, text, (name,), chunk))
+    return damaged
 
 
 def _check_progress(workspace: Workspace, plan: Plan, report: Report) -> None:

@@ -27,14 +27,15 @@ What storage promises
   :class:`~mergepipe.errors.CheckpointError`: no crash, no hang, no memory beyond a fixed bound (headers and indexes
   of at most 100 MB, with at most 2,000,000 commas and brackets).
 * No ``zarr.json`` is ever on disk beside missing chunks, which a zarr reader would silently take for zeros.
+* Nobody reads from a chunk of a copied store that does not match its checksum (:mod:`~mergepipe.storage.checked`).
+* Space for many small files is taken before the first of them is written (:mod:`~mergepipe.storage.ballast`).
 * A small file that is replaced (:mod:`~mergepipe.storage.atomic`) is the old one or the new one, also after a power
   cut.
 
 What it does not cover
 ----------------------
 Arithmetic and the meaning of tensors (`tasks`), the order and size of units (`pipeline`), the detection of inputs that
-changed between a build and a run (the caller compares :class:`~mergepipe.storage.checkpoint.FileInfo`). A run that
-reads ranges of a copied store does not check its crc32c; opening it through zarr does. A file that another process
-truncates during the milliseconds in which a mapped window of it is in use kills the process: no mapping can be safe
-from that.
+changed between a build and a run (the caller compares :class:`~mergepipe.storage.checkpoint.FileInfo`). A file that
+another process truncates during the milliseconds in which a mapped window of it is in use kills the process: no mapping
+can be safe from that.
 """

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mergepipe.storage.atomic import no_room_errors
 from mergepipe.storage.layout import OutputTensor, ShardLayout, lay_out
-from mergepipe.storage.writer import ShardWriter, sync_folder
+from mergepipe.storage.writer import allocate, take_up
 
 MASKS_NAME = "masks.safetensors"
 
@@ -65,16 +66,10 @@ class MaskWriter:
     """
 
     def __init__(self, folder: Path, layout: ShardLayout) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        final = folder / layout.file
-        if final.exists():
-            os.replace(final, folder / f"{layout.file}.part")
-        self._writer = ShardWriter(folder, layout)
+        self._writer = take_up(folder, layout)
         self._places = {tensor.name: tensor.offset for tensor in layout.tensors}
         self._edges = os.open(self._writer.part, os.O_RDWR | os.O_CLOEXEC)
         self._lock = threading.Lock()
-        for parent in (folder, folder.parent, folder.parent.parent):
-            sync_folder(parent)
 
     def write(self, name: str, start: int, bits: npt.NDArray[np.bool_]) -> None:
         """Set the bits of a tensor's elements from `start` on."""
@@ -112,6 +107,23 @@ class MaskWriter:
             os.close(self._edges)
             self._edges = -1
         self._writer.close()
+
+
+def reserve_masks(folder: Path, nbytes: int) -> None:
+    """Set disk space aside for a file of masks whose header is not known yet; its unfinished file holds the space.
+
+    Raises
+    ------
+    DiskFullError
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{MASKS_NAME}.part"
+    fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with no_room_errors(part):
+            allocate(fd, nbytes)
+    finally:
+        os.close(fd)
 
 
 def masks_exist(folder: Path) -> bool:

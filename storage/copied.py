@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest
@@ -25,6 +24,8 @@ from zarr.storage import LocalStore, WrapperStore
 from mergepipe.errors import DiskFullError, OutputExistsError
 from mergepipe.storage import zdtype
 from mergepipe.storage.atomic import fsync_path, no_room_errors, temporary_of, write_atomic
+from mergepipe.storage.ballast import Ballast
+from mergepipe.storage.checked import CHECKSUM_BYTES, is_whole_file
 from mergepipe.storage.checkpoint import Checkpoint, FileInfo, file_info
 from mergepipe.storage.chunks import DEFAULT_CHUNK_BYTES, grid_shape
 from mergepipe.storage.dtypes import DTYPES
@@ -32,7 +33,8 @@ from mergepipe.storage.manifest import ChunkManifest, ManifestArray, virtual_man
 from mergepipe.storage.readers import MmapReader, Reader
 from mergepipe.storage.virtual import chunk_bytes, chunk_keys, hierarchy_documents
 
-_CHECKSUM_BYTES = 4
+BALLAST_NAME = "ballast.partial"
+"""Disk space set aside for chunks that are still to be copied. Files with this ending are no part of a store."""
 
 
 class _HeldBackStore(WrapperStore[LocalStore]):
@@ -54,7 +56,7 @@ class _HeldBackStore(WrapperStore[LocalStore]):
 
 def copied_bytes(manifest: ChunkManifest) -> int:
     """Bytes that the chunks of a copy of `manifest` take on disk, padding and checksums included."""
-    return sum(len(array.lengths) * (chunk_bytes(array) + _CHECKSUM_BYTES) for array in manifest.arrays.values())
+    return sum(len(array.lengths) * (chunk_bytes(array) + CHECKSUM_BYTES) for array in manifest.arrays.values())
 
 
 def copy_store(
@@ -64,6 +66,7 @@ def copy_store(
     on_bytes: Callable[[int], None] = lambda count: None,
     *,
     resume: bool = False,
+    mend: bool = False,
 ) -> ChunkManifest:
     """Copy a checkpoint into a zarr v3 group on disk.
 
@@ -80,6 +83,8 @@ def copy_store(
     resume : bool
         The caller knows that `folder`, or its ``.part``, is of this very checkpoint and chunk size: what is whole in it
         is kept, chunk by chunk, and what an error leaves stays for the next time.
+    mend : bool
+        With `resume`: a complete copy in `folder` is believed chunk by chunk only, like an unfinished one.
 
     Returns
     -------
@@ -102,19 +107,24 @@ def copy_store(
     folder = Path(os.path.abspath(folder))
     source = virtual_manifest(checkpoint, chunk_target)
     if resume and folder.is_dir():
+        if mend:
+            with no_room_errors(folder):
+                _write(source, folder, on_bytes, room=None)
         return _manifest_of_copy(source, folder)
     if os.path.lexists(folder):
         raise OutputExistsError(f"'{folder}' exists already: remove it, or choose another folder for the copy")
     part = folder.with_name(folder.name + ".part")
     if os.path.lexists(part) and not resume:
         shutil.rmtree(part)
+    ballast = part / BALLAST_NAME
+    ballast.unlink(missing_ok=True)
     free, needed = shutil.disk_usage(folder.parent).free, copied_bytes(source) - held_bytes(part)
     if needed > free:
         raise DiskFullError(f"the copy '{folder}' needs {needed:,} bytes, its disk has {free:,} free: use another disk")
     part.mkdir(exist_ok=True)
     try:
-        with no_room_errors(part):
-            _write(source, part, on_bytes)
+        with no_room_errors(part), Ballast(ballast, needed) as room:
+            _write(source, part, on_bytes, room)
             os.rename(part, folder)
             fsync_path(folder.parent)
     except BaseException:
@@ -134,12 +144,7 @@ def held_bytes(folder: Path) -> int:
 
 def _is_whole(chunk: Path, nbytes: int) -> bool:
     """Whether a chunk's file, left by an earlier copy, has its full length and matches the checksum at its end."""
-    try:
-        data = chunk.read_bytes()
-    except FileNotFoundError:
-        return False
-    checksum = int.from_bytes(data[nbytes:], "little")
-    return len(data) == nbytes + _CHECKSUM_BYTES and google_crc32c.value(data[:nbytes]) == checksum
+    return is_whole_file(chunk) and chunk.stat().st_size == nbytes + CHECKSUM_BYTES
 
 
 @contextmanager
@@ -152,14 +157,14 @@ def _tensor_context(name: str, where: str) -> Iterator[None]:
         raise
 
 
-def _write(source: ChunkManifest, part: Path, on_bytes: Callable[[int], None]) -> None:
+def _write(source: ChunkManifest, part: Path, on_bytes: Callable[[int], None], room: Ballast | None) -> None:
     zdtype.register()
     documents = hierarchy_documents(source, checksum=True)
     store = _HeldBackStore(LocalStore(part), documents)
     with MmapReader() as reader:
         for name in source.arrays:
             with _tensor_context(name, str(part)):
-                _write_chunks(store, reader, source, name, on_bytes)
+                _write_chunks(store, reader, source, name, on_bytes, room)
             (part / name).mkdir(parents=True, exist_ok=True)  # a tensor without elements has no chunks
             for key in chunk_keys(source.arrays[name]):  # together, so that the disk had time to write most of them
                 fsync_path(part / name / key)
@@ -176,7 +181,12 @@ def _write(source: ChunkManifest, part: Path, on_bytes: Callable[[int], None]) -
 
 
 def _write_chunks(
-    store: _HeldBackStore, reader: Reader, source: ChunkManifest, name: str, on_bytes: Callable[[int], None]
+    store: _HeldBackStore,
+    reader: Reader,
+    source: ChunkManifest,
+    name: str,
+    on_bytes: Callable[[int], None],
+    room: Ballast | None,
 ) -> None:
     array = source.arrays[name]
     # Else an all-zero chunk would not be written, and "every chunk is a file" would not hold. (zarr 3.1 silently drops
@@ -189,6 +199,8 @@ def _write_chunks(
             on_bytes(int(array.lengths[number]))
             continue
         start, stop = int(array.starts[number]), int(array.starts[number + 1])
+        if room is not None:
+            room.spend(chunk_bytes(array) + CHECKSUM_BYTES)
         shape = tuple(part.stop - part.start for part in selection)
         with reader.window(source.segments(name, start, stop), last=True) as view:
             target[selection or ...] = view.view(native).reshape(shape)

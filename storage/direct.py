@@ -30,6 +30,7 @@ from typing import Self
 
 import numpy as np
 
+from mergepipe.storage.checked import CheckedFiles
 from mergepipe.storage.header import open_regular
 from mergepipe.storage.manifest import Segment
 from mergepipe.storage.readers import U8, Descriptors, check_size, forget, unreadable
@@ -161,10 +162,13 @@ class DirectReader:
         Threads that read; also how many reads the disk sees at once.
     descriptors : int, default 64
         Files kept open.
+    files : CheckedFiles, optional
+        Opens them; those that end in a checksum are compared with it then.
 
     Notes
     -----
-    Filesystems that refuse O_DIRECT are read through the page cache into the same memory.
+    Filesystems that refuse O_DIRECT are read through the page cache into the same memory, and so are files that end in
+    a checksum: it has been compared through the page cache a moment ago.
 
     Examples
     --------
@@ -177,13 +181,16 @@ class DirectReader:
     b'89012'
     """
 
-    def __init__(self, budget: int, threads: int = IO_THREADS, descriptors: int = 64) -> None:
+    def __init__(
+        self, budget: int, threads: int = IO_THREADS, descriptors: int = 64, files: CheckedFiles | None = None
+    ) -> None:
         self.bytes_read = 0
         self.bytes_loaded = 0
         """Bytes asked of the filesystem: less than `bytes_read` where windows were kept."""
         self._arena = Arena(budget)
         self._direct = Descriptors(descriptors, _open_direct)
-        self._plain = Descriptors(descriptors)
+        self._files = files or CheckedFiles()
+        self._plain = Descriptors(descriptors, self._files.open)
         self._changed = threading.Condition()
         self._pieces: dict[Key, _Piece] = {}
         self._queue: deque[list[Key]] = deque()
@@ -339,7 +346,7 @@ class DirectReader:
     def _load(self, piece: _Piece) -> U8:
         memory = self._arena.bytes[piece.start : piece.start + piece.reserved]
         try:
-            single = len(piece.key) == 1
+            single = len(piece.key) == 1 and not self._files.is_checked(piece.key[0].path)
             window = self._read_direct(piece.key[0], memory) if single else self._gather(piece.key, memory)
             window.flags.writeable = False
             return window

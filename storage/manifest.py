@@ -7,6 +7,7 @@ range to bytes. It is a plain JSON file, so it can be read, compared and (in a t
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,14 @@ class ChunkManifest:
         """Whether a run of chunks can be mapped as it lies: one range of one file, at a multiple of eight bytes."""
         odd = any(bool((array.offsets % 8).any()) for array in self.arrays.values())
         return self.kind == "virtual" and not odd
+
+    @property
+    def root(self) -> str | None:
+        """Folder of the copied store that the chunks lie in; None for a virtual one, or if there are no chunks."""
+        name, first = next(((name, array) for name, array in self.arrays.items() if array.files.size), ("", None))
+        if self.kind != "copy" or first is None:
+            return None
+        return os.path.dirname(self.files[int(first.files[0])].path).removesuffix(f"/{name}")
 
     def segments(self, name: str, start: int, stop: int) -> list[Segment]:
         """Bytes of the elements `start` to `stop` of a flattened tensor.

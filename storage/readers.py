@@ -15,12 +15,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergepipe.errors import CheckpointError, ShortReadError
+from mergepipe.storage.checked import CheckedFiles
 from mergepipe.storage.header import open_regular
 from mergepipe.storage.manifest import Segment
 
@@ -56,6 +58,15 @@ class Reader(Protocol):
         """Close all files."""
 
 
+@dataclass(slots=True)
+class _OpenFile:
+    """A descriptor, below zero until somebody has opened it, and how many use it."""
+
+    fd: int = -1
+    users: int = 0
+    opening: threading.Lock = field(default_factory=threading.Lock)
+
+
 class Descriptors:
     """Open files, the most recently used ones kept open. Safe to use from several threads at once.
 
@@ -64,14 +75,14 @@ class Descriptors:
     limit : int, default 64
         Descriptors kept. More are open only while more are in use at once.
     opener : callable
-        Opens a path for reading.
+        Opens a path for reading; may take its time, other files are borrowed meanwhile.
     """
 
     def __init__(self, limit: int = 64, opener: Callable[[str], int] = open_regular) -> None:
         self._limit = limit
         self._opener = opener
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, list[int]] = OrderedDict()  # path -> [descriptor, users]
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
 
     @contextmanager
     def borrow(self, path: str) -> Iterator[int]:
@@ -80,26 +91,29 @@ class Descriptors:
         Raises
         ------
         CheckpointNotFoundError, CheckpointError
-            As :func:`mergepipe.storage.header.open_regular`.
+            As :func:`mergepipe.storage.header.open_regular`, or whatever else the opener raises.
         """
         with self._lock:
-            entry = self._open.get(path)
-            if entry is None:
-                entry = self._open[path] = [self._opener(path), 0]
-            entry[1] += 1
+            file = self._open.setdefault(path, _OpenFile())
+            file.users += 1
             self._open.move_to_end(path)
         try:
-            yield entry[0]
+            with file.opening:
+                if file.fd < 0:
+                    file.fd = self._opener(path)
+            yield file.fd
         finally:
             with self._lock:
-                entry[1] -= 1
+                file.users -= 1
+                if file.fd < 0 and file.users == 0:
+                    del self._open[path]
                 self._evict(self._limit)
 
     def _evict(self, limit: int) -> None:
         # One in use by another thread stays open: its number must not come to mean another file.
-        idle = (path for path, (_, users) in self._open.items() if users == 0)
+        idle = (path for path, file in self._open.items() if file.users == 0)
         for path in list(idle)[: max(0, len(self._open) - limit)]:
-            os.close(self._open.pop(path)[0])
+            os.close(self._open.pop(path).fd)
 
     def read_into(self, segment: Segment, out: memoryview) -> None:
         """Fill `out`, `segment.length` bytes long, through plain reads.
@@ -155,6 +169,8 @@ class MmapReader:
     ----------
     descriptors : int, default 64
         Files kept open.
+    files : CheckedFiles, optional
+        Opens them; those that end in a checksum are compared with it then.
 
     Notes
     -----
@@ -175,10 +191,10 @@ class MmapReader:
     b'89012'
     """
 
-    def __init__(self, descriptors: int = 64) -> None:
+    def __init__(self, descriptors: int = 64, files: CheckedFiles | None = None) -> None:
         self.bytes_read = 0
         self._lock = threading.Lock()
-        self._descriptors = Descriptors(descriptors)
+        self._descriptors = Descriptors(descriptors, (files or CheckedFiles()).open)
 
     def __enter__(self) -> Self:
         return self

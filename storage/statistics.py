@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mergepipe.storage.atomic import no_room_errors
+from mergepipe.storage.ballast import Ballast
 
 ROW_BYTES_KEPT = 4096
 """Statistics with rows up to this size are gathered in memory; larger ones are written row by row."""
@@ -32,6 +33,11 @@ class StatisticsStore:
         Names of the tensors, in plan order.
     resume : bool
         Go on with the group that is there, if it can be read; otherwise it is replaced.
+
+    Attributes
+    ----------
+    ballast : Ballast or None
+        Disk space set aside for what is put here, if there is any.
     """
 
     def __init__(self, path: Path, tensors: Sequence[str], *, resume: bool = False) -> None:
@@ -40,6 +46,7 @@ class StatisticsStore:
         attributes: dict[str, Any] = {"tensors": list(tensors)}
         kept = _whole_group(path) if resume else None
         self._group = kept or zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+        self.ballast: Ballast | None = None
         self._path = path
         self._rows = len(tensors)
         self._small: dict[str, npt.NDArray[Any]] = {}
@@ -56,6 +63,8 @@ class StatisticsStore:
                 if name.startswith("_"):
                     continue
                 if value.nbytes > ROW_BYTES_KEPT:
+                    if self.ballast is not None:
+                        self.ballast.spend(value.nbytes)
                     self._array(name, value, (1, *value.shape))[row] = value
                     continue
                 if name not in self._small:
@@ -65,6 +74,8 @@ class StatisticsStore:
     def flush(self) -> None:
         """Write the small statistics."""
         with self._lock, no_room_errors(self._path):
+            if self.ballast is not None:
+                self.ballast.close()
             for name, rows in self._small.items():
                 self._array(name, rows[0], (min(self._rows, 4096), *rows.shape[1:]))[...] = rows
 

@@ -5,6 +5,7 @@
       stores/N-NAME/       one chunked zarr hierarchy per model: a chunk manifest (virtual), or the copy itself
       journal.log          what of it is durable
       statistics/          what the reductions found: a zarr group
+      ballast              disk space set aside for them; gone when a run ends
       events.jsonl         what happened, for people and programs to read
       chain.json           names of the merges that come before, for a recipe of several documents
       merges/NAME/         the workspace of each of them, and
@@ -30,6 +31,9 @@ from typing import Self
 from mergepipe.errors import WorkspaceError
 from mergepipe.storage.atomic import fsync_path, write_atomic
 from mergepipe.storage.journal import MAGIC
+
+DAMAGED_NAME = "damaged"
+"""File in the folder of a copied store: chunks that were found damaged, one path a line."""
 
 
 class Workspace:
@@ -68,6 +72,11 @@ class Workspace:
     def statistics(self) -> Path:
         """The zarr group of statistics."""
         return self.root / "statistics"
+
+    @property
+    def ballast_file(self) -> Path:
+        """Disk space set aside for statistics that are still to come."""
+        return self.root / "ballast"
 
     @property
     def stores(self) -> Path:
@@ -129,6 +138,21 @@ class Workspace:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
+    def mark_damage(self, number: int, label: str, paths: Sequence[str]) -> None:
+        """Note that chunks of the copied store of model `number` were found damaged; no paths note nothing."""
+        if paths:
+            write_atomic(self.store(number, label) / DAMAGED_NAME, "".join(f"{path}\n" for path in paths).encode())
+
+    def damaged(self, number: int, label: str) -> list[str]:
+        """Chunks of the copied store of model `number` that were found damaged."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.store(number, label) / DAMAGED_NAME).read_text().splitlines()
+        return []
+
+    def unmark_damage(self, number: int, label: str) -> None:
+        """They have been made anew."""
+        (self.store(number, label) / DAMAGED_NAME).unlink(missing_ok=True)
+
     def create(self) -> None:
         """Make the folder.
 
@@ -182,7 +206,7 @@ class Workspace:
 
     def contents(self) -> list[Path]:
         """Everything mergepipe may have put here, the lock last."""
-        files = [self.plan_file, self.journal_file, self.events_file, self.statistics, self.stores]
+        files = [self.plan_file, self.journal_file, self.events_file, self.statistics, self.ballast_file, self.stores]
         return [*files, self.chain_file, self.root / "merges", self.root / "merged", self.lock_file]
 
     def remove(self) -> None:

@@ -85,7 +85,7 @@ class ShardWriter:
         try:
             with self._room():
                 os.ftruncate(self._fd, layout.size)
-                _allocate(self._fd, layout.size)
+                allocate(self._fd, layout.size)
                 _write_all(self._fd, layout.header, 0)
         except BaseException:
             self.close()
@@ -192,6 +192,18 @@ class ShardWriter:
             ) from error
 
 
+def take_up(folder: Path, layout: ShardLayout) -> ShardWriter:
+    """A writer for a file in a folder of its own, made if need be. A finished file there becomes unfinished again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / layout.file
+    if final.exists():
+        os.replace(final, folder / f"{layout.file}.part")
+    writer = ShardWriter(folder, layout)
+    for parent in (folder, folder.parent, folder.parent.parent):
+        sync_folder(parent)
+    return writer
+
+
 def open_direct(path: Path, flags: int) -> int:
     """A second descriptor that goes past the page cache; -1 where the filesystem refuses it."""
     if not hasattr(os, "O_DIRECT"):
@@ -204,7 +216,7 @@ def open_direct(path: Path, flags: int) -> int:
         return -1
 
 
-def _allocate(fd: int, size: int) -> None:
+def allocate(fd: int, size: int) -> None:
     """Reserve the blocks of a file, where the filesystem can; where it can't, the size alone was set."""
     if size == 0 or not hasattr(os, "posix_fallocate"):
         return

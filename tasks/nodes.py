@@ -307,6 +307,13 @@ class TensorWork:
                 f"'{self.job.name}' overflows {self.out.alias} at element {start + overflow:,} "
                 f"(value {float(merged[overflow]):.6g}): write a wider type with `dtype: bfloat16` or float32"
             )
+        finite = np.isfinite(merged)
+        if not finite.all():
+            raise NonFiniteError(
+                f"'{self.job.name}' overflows {self.job.work.name} while it is merged, at element "
+                f"{start + int(np.argmin(finite)):,}, though all inputs are finite: lower the weights, or take this "
+                f"tensor from the base with a rule (`match`, `merge_method: passthrough`)"
+            )
 
     def _input_bytes(self, blocks: tuple[int, int]) -> int:
         start, stop = self._bounds(blocks)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 
+from mergepipe.cli.bars import Bars
 from mergepipe.cli.progress import BarProgress, PlainProgress, progress
 from mergepipe.pipeline.events import (
     CopyProgress,
@@ -24,7 +25,7 @@ STORY = [
     CopyProgress("base", 512, 1024),
     CopyProgress("base", 512, 1024),
     Note("an earlier run of this plan did not finish"),
-    RunStarted(total_bytes=4096, tensors=2, done_bytes=1024),
+    RunStarted(total_bytes=4096, tensors=2, done_bytes=1024, allowed_bytes=512 * 1024**2),
     UnitFinished("a", "coarse histogram", 1024),
     UnitFinished("a", "apply", 1024),
     TensorFinished("a"),
@@ -55,12 +56,31 @@ def test_plain_lines_come_every_few_seconds() -> None:
     ]
 
 
+def test_lines_get_rarer_in_a_long_job() -> None:
+    out = io.StringIO()
+    now = 0.0
+    show = PlainProgress(out, clock=lambda: now)
+    show(RunStarted(total_bytes=100_000, tensors=1))
+    for second in range(3600):
+        now = float(second)
+        show(UnitFinished("a", "apply", 10))
+    lines = out.getvalue().splitlines()
+    assert 60 < len(lines) < 120
+
+
 def test_bars_move() -> None:
     out = io.StringIO()
-    with Progress(console=Console(file=out, width=80)) as bars:
-        show = BarProgress(bars)
+    asked = False
+    with Bars(Console(file=out, width=80, force_terminal=True), stopping=lambda: asked) as bars:
+        show = BarProgress(bars, bars.tell)
         for event in STORY:
             show(event)
+        bars.refresh()
+        last = out.getvalue().splitlines()[-1]
+        assert re.search(r"memory [\d.]+ MiB of 512\.0 MiB, a \(coarse histogram\)", last), last
+        asked = True
+        bars.refresh()
+        assert "stopping: the work under way" in out.getvalue().splitlines()[-1]
         assert [(task.description, task.completed, task.total) for task in bars.tasks] == [
             ("copying base", 1024, 1024),
             ("merging", 4096, 4096),

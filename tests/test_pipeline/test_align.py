@@ -194,6 +194,8 @@ def test_codes_of_eight_bits_are_refused() -> None:
         {"model.layers.0.mlp.weight_scale_inv": ("F32", (1, 1))},
         {"model.layers.0.mlp.SCB": ("F32", (16,))},
         {"a.weight": ("U32", (2, 2)), "a.scales": ("F16", (2,))},
+        {"model.layers.0.mlp.up_proj.weight": ("I8", (16, 8))},
+        {"model.layers.0.mlp.up_proj.weight": ("U8", (16, 8))},
     ],
 )
 def test_quantised_weights_are_refused_as_a_whole(more: Header) -> None:

@@ -20,6 +20,7 @@ from mergepipe import errors
 from mergepipe.pipeline.events import Event, Note, ShardSealed
 from mergepipe.pipeline.materialize import materialize
 from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.space import Need
 from mergepipe.pipeline.status import status
 from mergepipe.pipeline.summary import summarize, tensor_rows
 
@@ -303,6 +304,7 @@ def test_a_disk_too_small_for_the_output(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12 - free, free))
     with pytest.raises(errors.DiskFullError, match=r"needs [\d,]+ bytes, 0 are free"):
         mergepipe.build(recipe(tmp_path), work=tmp_path / "w1", out=tmp_path / "merged")
+    monkeypatch.setattr("mergepipe.pipeline.build.statistics_need", lambda *_: Need(tmp_path, 0, "the statistics"))
     free = sum(sizes[-3:])
     notes: list[Event] = []
     mergepipe.build(recipe(tmp_path), work=tmp_path / "w1", out=tmp_path / "merged", on_event=notes.append)
@@ -310,6 +312,15 @@ def test_a_disk_too_small_for_the_output(tmp_path: Path, monkeypatch: pytest.Mon
     free -= 1
     with pytest.raises(errors.DiskFullError, match="3 files of the output"):
         mergepipe.build(recipe(tmp_path), work=tmp_path / "w2", out=tmp_path / "merged")
+
+
+def test_overflow_of_the_arithmetic_is_named(models: Path) -> None:
+    for name in ("base", "a", "b"):
+        tensors = load_file(models / name / "model.safetensors")
+        tensors["norm"][5] = -3e38 if name == "base" else 3e38
+        save_file(tensors, models / name / "model.safetensors")
+    with pytest.raises(errors.NonFiniteError, match=r"'norm' overflows float32 while it is merged, at element 5"):
+        merge(models)
 
 
 def test_overflow_of_the_output_type_is_named(models: Path) -> None:

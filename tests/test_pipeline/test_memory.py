@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mergepipe
 from mergepipe.errors import MemoryBudgetError, UsageError
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import (
@@ -22,6 +25,7 @@ from mergepipe.pipeline.memory import (
     parse_bytes,
     projected_bytes,
 )
+from support.jobs import build_job, write_job, write_recipe
 
 UNIT = UnitShape(
     elements=1009, inputs=3, input_itemsize=2, output_itemsize=4, work_itemsize=8, scratch_rows=5, gathered=False
@@ -96,3 +100,33 @@ def test_the_machine() -> None:
     assert cpu_count() >= 1
     assert blocks_in(1, 8, BLOCK) == 1
     assert blocks_in(8 * MIB, 2, BLOCK) == 64
+
+
+@pytest.mark.parametrize("store", ["virtual", "copy"])
+def test_the_ceiling_that_is_told_does_for_all_tensors(store: Any, tmp_path: Path) -> None:
+    """The first tensor that does not fit is not the one that needs most; copied ones have units of their own."""
+    write_job(tmp_path, {"a": (4, 8), "m": (2048, 1024), "z": (4, 8)}, method="passthrough", models=1)
+    write_recipe(tmp_path, "ties", models=1, rules=[{"match": "^m$", "merge_method": "passthrough"}])
+    for allowed in ("1MiB", "256MiB"):
+        with pytest.raises(MemoryBudgetError) as caught:
+            build_job(tmp_path, memory=allowed, workers=3, store=store)
+        found = re.search(r"--memory (\d+)MiB", str(caught.value))
+        assert found
+        with pytest.raises(MemoryBudgetError):
+            build_job(tmp_path, memory=f"{int(found[1]) - 1}MiB", workers=3, store=store)
+        work = build_job(tmp_path, memory=f"{found[1]}MiB", workers=3, store=store)
+    mergepipe.run(work, workers=3)
+
+
+def test_auto_maps_where_buffers_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`build` tells the smallest ceiling for mapped windows; a run that may choose must do with it."""
+    monkeypatch.setattr("mergepipe.pipeline.reading.all_direct", lambda _: True)
+    write_job(tmp_path, {"w": (512, 512)}, models=3)
+    with pytest.raises(MemoryBudgetError) as caught:
+        build_job(tmp_path, memory="1MiB", workers=2)
+    found = re.search(r"--memory (\d+)MiB", str(caught.value))
+    assert found
+    work = build_job(tmp_path, memory=f"{found[1]}MiB", workers=2)
+    with pytest.raises(MemoryBudgetError):
+        mergepipe.run(work, workers=2, reader="direct")
+    mergepipe.run(work, workers=2)

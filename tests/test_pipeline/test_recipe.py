@@ -562,3 +562,8 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         load_recipe("a\x00b")
     (tmp_path / "marked").write_bytes(b"\xef\xbb\xbf" + yaml.safe_dump(LINEAR).encode())
     assert load_recipe(tmp_path / "marked").merge_method == "linear"
+
+
+def test_a_misspelt_model_is_told_with_the_nearest_key() -> None:
+    found = faults(LINEAR, models=[{"modl": "./a"}, {"model": "./b"}])
+    assert "did you mean 'model'" in found["$.models[0].modl"]

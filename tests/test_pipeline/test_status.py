@@ -53,10 +53,14 @@ def test_the_life_of_a_job(work: Path, tmp_path: Path) -> None:
     assert found.state == "interrupted"
     assert 0 < found.done_bytes < found.total_bytes
     assert f"mergepipe run --work {work}" in found.remedy
-    with WorkspaceLock(Workspace(work)):
+    assert (found.worked_bytes, found.work_bytes) == (None, None)
+    with WorkspaceLock(Workspace(work)), open(work / "events.jsonl", "a") as log:
+        log.write('{"at": 1.0, "event": "Progress", "done_bytes": 3, "total_bytes": 9}\n{"event": "TensorFinished"}\n')
+        log.flush()
         running = status(work)
         assert running.state == "running"
         assert running.process is not None
+        assert (running.worked_bytes, running.work_bytes) == (3, 9)
     mergepipe.run(work)
     found = status(work)
     assert (found.state, found.percent, found.shards_done) == ("done", 100.0, 2)
