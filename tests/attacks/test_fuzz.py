@@ -18,6 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergepipe.errors import CheckpointError, HeaderError, RecipeError, WorkspaceError
+from mergepipe.pipeline.chain import chain_of
+from mergepipe.pipeline.document import read_documents
+from mergepipe.pipeline.parts import parts_of
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.recipe import parse_recipe
 from mergepipe.storage.checkpoint import open_checkpoint
@@ -156,6 +159,46 @@ def test_recipes(examples: int) -> None:
     def check(text: str) -> None:
         with tally, contextlib.suppress(RecipeError):
             parse_recipe(text, "fuzz.yaml")
+
+    check()
+    tally.tell()
+
+
+LAYERS = st.lists(st.integers(-1, 4), max_size=3) | HUGE
+SOURCES = st.lists(
+    st.fixed_dictionaries({}, optional={"model": st.sampled_from(["a", "b", 3, {}]), "layer_range": LAYERS}), max_size=3
+)
+SLICES = st.lists(
+    st.fixed_dictionaries({"sources": SOURCES | HUGE}, optional={"base_model": RECIPES, "parameters": RECIPES}) | HUGE,
+    max_size=3,
+)
+METHODS = st.sampled_from(["linear", "slerp", "passthrough", "ties", "emr_unified", "x", None])
+PARTS = st.fixed_dictionaries(
+    {"merge_method": METHODS},
+    optional={
+        "slices": SLICES | HUGE,
+        "modules": st.dictionaries(NAMES, st.fixed_dictionaries({}, optional={"slices": SLICES}) | HUGE, max_size=2)
+        | HUGE,
+        "base_model": st.sampled_from(["a", "b", "c"]),
+        "name": st.sampled_from(["a", "b", "", "../x", 3]),
+        "parameters": st.dictionaries(st.sampled_from(["weight", "t", "scale"]), RECIPES, max_size=2),
+        "rules": RECIPES,
+    },
+)
+
+
+@pytest.mark.parametrize("examples", COUNTS)
+def test_recipes_of_several_parts(examples: int) -> None:
+    """Slices, modules and documents that read each other."""
+    tally = Tally("recipe of parts")
+
+    @settings(max_examples=examples)
+    @given(st.lists(PARTS, min_size=1, max_size=3).map(yaml.safe_dump_all))
+    def check(text: str) -> None:
+        with tally, contextlib.suppress(RecipeError):
+            for merge in chain_of(read_documents(text, "fuzz.yaml"), Path("/w")):
+                assert [part.layers >= 0 for part in parts_of(merge.recipe)]
+                assert merge.output is None or Path(merge.output).parent == Path("/w/merged")
 
     check()
     tally.tell()

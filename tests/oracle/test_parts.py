@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,6 @@ class Case:
     recipe: Recipe
     ulps: float = 0.0
     layers: int = LAYERS
-    skipped: tuple[str, ...] = field(default=())
 
 
 DAMPED = [{"filter": "o_proj", "value": 0.5}, {"filter": "down_proj", "value": 0.25}, {"value": 1.0}]
