@@ -141,9 +141,12 @@ def build(
     check_dropped(root, [found.merge for found in planned[:-1]], force)
     root.create()
     with WorkspaceLock(root):
-        for found, old in zip(planned, abandoned, strict=True):
+        # First goes the plan that reads what now changes, last comes the one that reads it all.
+        _withdraw(root, plan)
+        for found, old in list(zip(planned, abandoned, strict=True))[:-1]:
             _install(found, old, announce)
         root.write_earlier([found.merge.workspace.root.name for found in planned[:-1]])
+        _install(planned[-1], abandoned[-1], announce)
     for note in dict.fromkeys(note for found in planned for note in found.plan.notes):
         announce(Note(note))
     return plan

@@ -68,6 +68,7 @@ COUNT_KEYS: dict[str, str | None] = {
 _BEFORE = ("embed", "wte", "wpe", "embd", "shared", "token", "patch", "position", "rotary", "inv_freq", "stem", "conv")
 _BEFORE_PARTS = frozenset({"ln_pre", "pre_layrnorm", "pre_layernorm", "layernorm_pre", "pre_norm"})
 _AFTER = ("norm", "ln_", "head", "pooler", "classifier", "score", "output", "vocab_", "logit", "projection", "probe")
+_AFTER_PARTS = frozenset({"decoder", "proj_out"})
 _PACKED = "per_layer"
 
 
@@ -208,4 +209,5 @@ def side_of(tensor_name: str) -> str | None:
     parts = tensor_name.lower().split(".")
     if any(word in part for part in parts for word in _BEFORE) or not _BEFORE_PARTS.isdisjoint(parts):
         return "before"
-    return "after" if any(word in part for part in parts for word in _AFTER) else None
+    after = any(word in part for part in parts for word in _AFTER) or not _AFTER_PARTS.isdisjoint(parts)
+    return "after" if after else None

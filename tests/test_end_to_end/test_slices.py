@@ -146,3 +146,68 @@ def test_a_vision_language_model_by_modules(tmp_path: Path) -> None:
     projector = "multi_modal_projector.linear_1.weight"
     assert torch.allclose(made[projector], (first[projector] + second[projector]) / 2, rtol=1e-6)
     loads(transformers.Mistral3ForConditionalGeneration, merge(recipe | {"models": both}, tmp_path / "models"))
+
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = SIZES | {"num_key_value_heads": 1, "head_dim": 8}
+LATENT = SIZES | {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "n_routed_experts": 4,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 2,
+}
+IMAGE = {
+    key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+} | {
+    "image_size": 32,
+    "patch_size": 8,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "BertForMaskedLM": ("BertConfig", SIZES),
+    "BeitForImageClassification": ("BeitConfig", IMAGE | {"use_relative_position_bias": True}),
+    "DeepseekV3ForCausalLM": ("DeepseekV3Config", LATENT),
+    "FalconForCausalLM": ("FalconConfig", SIZES),
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 16, "n_layer": 3, "n_head": 2, "vocab_size": 64, "n_positions": 64}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", SIZES),
+    "Gemma2ForCausalLM": ("Gemma2Config", GROUPED),
+    "Lfm2ForCausalLM": ("Lfm2Config", GROUPED | {"full_attn_idxs": [1]}),
+    "MambaForCausalLM": ("MambaConfig", {"hidden_size": 16, "num_hidden_layers": 3, "vocab_size": 64, "state_size": 4}),
+    "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 2}),
+    "ModernBertForMaskedLM": ("ModernBertConfig", SIZES | {"cls_token_id": 1, "sep_token_id": 2}),
+    "Phi3ForCausalLM": ("Phi3Config", GROUPED),
+    "Qwen3MoeForCausalLM": (
+        "Qwen3MoeConfig",
+        GROUPED | {"num_experts": 2, "moe_intermediate_size": 8, "mlp_only_layers": [1]},
+    ),
+    "ViTForImageClassification": ("ViTConfig", IMAGE),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_stacks_of_any_architecture_load(name: str, tmp_path: Path) -> None:
+    """Two layers of one and two of another, found by their numbering alone."""
+    config_name, sizes = ARCHITECTURES[name]
+    config, cls = getattr(transformers, config_name)(**sizes), getattr(transformers, name)
+    a, b = write(tmp_path, lambda: cls(config))
+    slices = [{"sources": [source(a, 0, 2)]}, {"sources": [source(b, 1, 3)]}]
+    merged = merge({"merge_method": "passthrough", "slices": slices}, tmp_path / "merge")
+    assert loads(cls, merged).config.num_hidden_layers == 4

@@ -408,6 +408,7 @@ BEFORE = (
 AFTER = (
     *("model.norm.weight", "transformer.ln_f.bias", "embed_out.weight", "bert.pooler.dense.bias", "output.weight"),
     *("cls.predictions.transform.LayerNorm.weight", "vit.layernorm.weight", "score.weight", "lm_head.layer_norm.bias"),
+    *("decoder.bias", "model.final_logits_bias", "proj_out.weight"),
 )
 
 
