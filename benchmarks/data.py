@@ -129,6 +129,26 @@ def write_checkpoints(folder: Path, layout: Layout, experts: int = 3, seed: int 
     return folders
 
 
+def write_matrices(folder: Path, shape: tuple[int, int], experts: int, seed: int = 0) -> list[Path]:
+    """Write ``base``, ``expert-1``, ... that hold one matrix each, all at once and in pieces.
+
+    Returns
+    -------
+    list of Path
+        The base first.
+    """
+    folders = [folder / "base", *(folder / f"expert-{i + 1}" for i in range(experts))]
+    shapes: dict[str, tuple[int, ...]] = {"model.layers.0.mlp.down_proj.weight": shape}
+    for path in folders:
+        write_small_files(path, {"model_type": "llama"}, [shapes], itemsize=2)
+    with ExitStack() as stack:
+        files = [stack.enter_context((path / shard_name(0, 1)).open("wb")) for path in folders]
+        for file in files:
+            file.write(header(shapes, "BF16", 2))
+        _write_tensor(files, shape, np.random.Generator(np.random.SFC64(seed)))
+    return folders
+
+
 def _write_tensor(files: Sequence[BinaryIO], shape: tuple[int, ...], draw: np.random.Generator) -> None:
     left = math.prod(shape)
     while left:

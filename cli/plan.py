@@ -66,7 +66,7 @@ def _print_full(plan: Plan) -> None:
         click.echo(f"note      {note}")
     click.echo()
     head = ("tensor", "shape", "dtype", "method", "passes", "units", "read", "write", "memory")
-    print_table(head, [_cells(row) for row in found["per_tensor"]])
+    print_table(head, [_cells(row, staged=plan.first_stage is not None) for row in found["per_tensor"]])
 
 
 def _draw(path: Path, picture: str) -> None:
@@ -106,13 +106,17 @@ def print_summary(summary: dict[str, Any]) -> None:
     )
     files = f"{summary['shards']} file{'s' * (summary['shards'] != 1)}"
     click.echo(f"write     {show_bytes(summary['output_bytes'])} in {files} to {summary['output']}")
+    if summary["first_stage_bytes"]:
+        click.echo(f"keep      {show_bytes(summary['first_stage_bytes'])} beside it, for models to be added later")
     projected, allowed = show_bytes(summary["projected_bytes"]), show_bytes(summary["allowed_bytes"])
     click.echo(f"memory    {projected} projected at the peak, {allowed} allowed")
     click.echo(f"disk      {show_bytes(summary['disk_bytes'])} needed")
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: dict[str, Any], *, staged: bool = False) -> tuple[str, ...]:
     method = row["method"] or "copied"
+    if staged:
+        method += f", stage {row['stage']}"
     return (
         row["name"],
         show_shape(tuple(row["shape"])),

@@ -19,7 +19,10 @@ from mergepipe.errors import Interrupted
 @click.command("run")
 @work_option
 @click.option(
-    "--out", metavar="DIR", type=click.Path(file_okay=False), help="Move the output, before work on it has begun."
+    "--out",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Move the output, before work on it has begun; with --add the new output (by default OLD+MODEL).",
 )
 @click.option("--memory", metavar="SIZE", help="Ceiling of this run's memory; the plan's by default.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that compute; one per processor by default.")
@@ -43,6 +46,9 @@ from mergepipe.errors import Interrupted
     show_default=True,
     metavar="auto|cpu|cuda[:N]",
     help="Where whole matrices are worked on (MDA and its relatives) and rows are scored (SCF-RKL).",
+)
+@click.option(
+    "--add", metavar="MODEL", help="Add one more model to the finished merge, without reading those in it (opcm)."
 )
 @click.option("--restart", is_flag=True, help="Forget the work of earlier runs.")
 @click.option(
@@ -72,6 +78,7 @@ def command(
     device: str,
     reader: Literal["auto", "mmap", "direct"],
     verify: Literal["none", "sample", "full"],
+    add: str | None,
     restart: bool,
     sha256: str,
     on_shard: str | None,
@@ -87,14 +94,18 @@ def command(
     Example:
       mergepipe run
       mergepipe run --memory 1GiB --workers 4
+      mergepipe run --add ./another-expert
     """
     from mergepipe.cli.progress import progress
+    from mergepipe.pipeline.add import add_model
     from mergepipe.pipeline.run import run
 
     with stop_on_signal() as stop, progress(quiet, stop.is_set) as listener:
+        if add is not None:
+            add_model(work, add, out=out, memory=memory, workers=workers, verify=verify, on_event=listener)
         result = run(
             work,
-            out=out,
+            out=None if add is not None else out,
             memory=memory,
             workers=workers,
             device=device,

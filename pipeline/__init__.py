@@ -10,7 +10,9 @@ plain recipe over views of its models (:mod:`~mergepipe.pipeline.stacking`); lay
 (:mod:`~mergepipe.pipeline.towers`). :mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers.
 From there the plan, its memory, its disk space (:mod:`~mergepipe.pipeline.space`), its graphs and the run follow. A
 recipe of several documents is a :mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will
-have made (:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`).
+have made (:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`). One
+merge may have two stages (:mod:`~mergepipe.pipeline.stages`); :mod:`~mergepipe.pipeline.add` plans one that goes on
+from a finished merge.
 
 Where a GPU works is settled in :mod:`~mergepipe.pipeline.devices` and :mod:`~mergepipe.pipeline.scoring`; what a merge
 found out about each tensor is told by :mod:`~mergepipe.pipeline.diagnostics`, and how each has changed measured by

@@ -31,7 +31,7 @@ from mergepipe.errors import (
     RecipeError,
     WorkspaceError,
 )
-from mergepipe.pipeline import outputs
+from mergepipe.pipeline import outputs, stages
 from mergepipe.pipeline.align import AlignedTensor, Alignment, align
 from mergepipe.pipeline.chain import Merge, check_dropped, load_chain
 from mergepipe.pipeline.chain_plan import earlier_of, is_whole, made_checkpoint, raise_together
@@ -186,7 +186,8 @@ def _plan_merge(merge: Merge, options: _Options, before: Sequence[Planned]) -> P
     """Plan one merge, given those that it reads."""
     recipe = merge.recipe
     made = {
-        found.plan.output: made_checkpoint(found.plan, found.checkpoints[found.plan.sidecar].config) for found in before
+        found.plan.output: made_checkpoint(found.plan, found.checkpoints[found.plan.sidecar or 0].config)
+        for found in before
     }
     checkpoints = _open_all(recipe.sources, made)
     alignment = align(recipe, checkpoints)
@@ -201,15 +202,7 @@ def _plan_merge(merge: Merge, options: _Options, before: Sequence[Planned]) -> P
         shard_bytes=options.shard_bytes,
         before=[found.plan for found in before],
     )
-    if options.memory is None and any(_is_whole(tensor, plan.seed) for tensor in plan.tensors):
-        plan = replace(plan, allowed=max(DEFAULT_ALLOWED, available_bytes() // 2))
-    # Tensors at odd places of their files can't be mapped: each window takes memory.
-    gathered = [
-        model.store == "copy" or any(t.offset % 8 for t in found.tensors.values())
-        for model, found in zip(plan.models, checkpoints, strict=True)
-    ]
-    schedule(plan, Ceiling(plan.allowed, options.workers), gathered=gathered)
-    return Planned(merge, plan, checkpoints)
+    return Planned(merge, settle_memory(plan, checkpoints, options.memory, options.workers), checkpoints)
 
 
 def _check_way(found: Planned, force: bool) -> Plan | None:
@@ -217,7 +210,7 @@ def _check_way(found: Planned, force: bool) -> Plan | None:
     plan, workspace = found.plan, found.merge.workspace
     abandoned = _abandoned(workspace, plan, force)
     if found.merge.output is None and outputs.finished(plan) is None:
-        outputs.check_folder(Path(plan.output), [model.path for model in plan.models], _unfinished(workspace))
+        outputs.check_folder(Path(plan.output), stages.folders_read(plan), _unfinished(workspace))
     return abandoned
 
 
@@ -268,7 +261,27 @@ def _install(found: Planned, abandoned: Plan | None, announce: Announcer) -> Non
             workspace.forget_progress()
             shutil.rmtree(found.merge.output, ignore_errors=True)
     _withdraw(workspace, plan)
-    _write_workspace(workspace, plan, found.checkpoints, announce)
+    write_workspace(workspace, plan, found.checkpoints, announce)
+
+
+def settle_memory(plan: Plan, checkpoints: Sequence[Checkpoint], memory: str | int | None, workers: int | None) -> Plan:
+    """The plan with its ceiling, under which every tensor of every stage fits.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If one does not.
+    """
+    whole = any(_is_whole(tensor, plan.seed) for stage in plan.stages for tensor in stage.tensors)
+    if memory is None and whole:
+        plan = stages.with_allowed(plan, max(DEFAULT_ALLOWED, available_bytes() // 2))
+    # Tensors at odd places of their files can't be mapped: each window takes memory.
+    odd = [any(t.offset % 8 for t in found.tensors.values()) for found in checkpoints]
+    odd += [False] * (len(plan.models) - len(odd))
+    gathered = [model.store == "copy" or at for model, at in zip(plan.models, odd, strict=True)]
+    for stage in plan.stages:
+        schedule(stage, Ceiling(plan.allowed, workers or cpu_count()), gathered=gathered)
+    return plan
 
 
 def _withdraw(workspace: Workspace, plan: Plan) -> None:
@@ -333,7 +346,7 @@ def make_plan(
         If a tensor gets a setting that is missing or out of bounds.
     """
     models = _plan_models(recipe, checkpoints, store, {plan.output for plan in before})
-    tensors = _plan_tensors(recipe, checkpoints, alignment)
+    tensors = plan_tensors(recipe, checkpoints, alignment)
     groups = _plan_groups(tensors, alignment, checkpoints, shard_bytes)
     side = {
         models[number].label: tuple(Source(number, name, checkpoints[number].tensors[name].dtype) for name in names)
@@ -343,7 +356,7 @@ def make_plan(
     earlier = earlier_of(before)
     recipes = [*(one.recipe for one in earlier), shown]
     metadata = {"format": "pt", "mergepipe.recipe": json.dumps(recipes if earlier else shown, sort_keys=True)}
-    return Plan(
+    plan = Plan(
         format=PLAN_FORMAT,
         id=plan_id(tensors, models, groups, metadata, side, recipe.seed, alignment.config),
         version=version("mergepipe"),
@@ -363,6 +376,7 @@ def make_plan(
         config=alignment.config,
         earlier=earlier,
     )
+    return stages.split(plan)
 
 
 def _idle_rules(recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[str]:
@@ -378,18 +392,15 @@ def _idle_rules(recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[str]:
 def _plan_models(
     recipe: Recipe, checkpoints: Sequence[Checkpoint], asked: Literal["virtual", "copy"], made: AbstractSet[str]
 ) -> tuple[PlannedModel, ...]:
-    taken: Counter[str] = Counter()
     bases = {recipe.base_model, *(part.base_model for part in parts_of(recipe))}
     models = []
-    for path, checkpoint in zip(recipe.sources, checkpoints, strict=True):
-        name = Path(path).name
-        taken[name] += 1
+    for label, path, checkpoint in zip(labels_of(recipe.sources), recipe.sources, checkpoints, strict=True):
         nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         store: Literal["virtual", "copy"] = "virtual" if path in made else asked
         why = "asked for" if store == "copy" else "local safetensors files, read where they are"
         models.append(
             PlannedModel(
-                label=name if taken[name] == 1 else f"{name}-{taken[name]}",
+                label=label,
                 path=path,
                 role="base" if path in bases else "model",
                 store=store,
@@ -404,7 +415,31 @@ def _plan_models(
     return tuple(models)
 
 
-def _plan_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint], alignment: Alignment) -> tuple[PlannedTensor, ...]:
+def labels_of(paths: Sequence[str]) -> list[str]:
+    """The names of folders, made unique.
+
+    Examples
+    --------
+    >>> labels_of(["/a/base", "/a/expert", "/b/expert"])
+    ['base', 'expert', 'expert-2']
+    """
+    taken: Counter[str] = Counter()
+    labels = []
+    for path in paths:
+        name = Path(path).name
+        taken[name] += 1
+        labels.append(name if taken[name] == 1 else f"{name}-{taken[name]}")
+    return labels
+
+
+def plan_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint], alignment: Alignment) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the output, with the settings that the recipe has for it.
+
+    Raises
+    ------
+    RecipeError
+        If a setting is missing or out of bounds.
+    """
     counts = [
         layer_counts(tensor.name for tensor in alignment.tensors if tensor.part == number)
         for number in range(len(alignment.views))
@@ -463,13 +498,18 @@ def _plan_tensor(
         base,
         models,
         method=wanted.method,
-        params=wanted.params,
-        model_params=wanted.model_params,
+        params=_as_saved(wanted.params),
+        model_params=tuple(_as_saved(params) for params in wanted.model_params),
         sparsify=wanted.sparsify,
-        sparsify_params=wanted.sparsify_params,
+        sparsify_params=tuple(_as_saved(params) for params in wanted.sparsify_params),
         work=_work_dtype([s.dtype for s in models] + ([base.dtype] if base else [])),
         scope=wanted.scope,
     )
+
+
+def _as_saved(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as they come back from a saved plan, where lists are lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
 
 
 def _recast(recipe: Recipe, dtype: str) -> bool:
@@ -553,11 +593,20 @@ def _unfinished(workspace: Workspace) -> set[str]:
     return outputs.work_names(Plan.from_json(workspace.read_plan()))
 
 
-def _write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Checkpoint], announce: Announcer) -> None:
-    keep = set()
-    for number, (model, checkpoint) in enumerate(zip(plan.models, checkpoints, strict=True)):
+def write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Checkpoint], announce: Announcer) -> None:
+    """Make the stores of all models, and write the plan last of all; for the holder of the lock.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    plan : Plan
+    checkpoints : sequence of Checkpoint
+        Of the plan's models; what a first stage will make comes after them and has none yet.
+    announce : Announcer
+    """
+    keep = {workspace.store(number, model.label) for number, model in enumerate(plan.models)}
+    for number, (model, checkpoint) in enumerate(zip(plan.models, checkpoints, strict=False)):
         folder = workspace.store(number, model.label)
-        keep.add(folder)
         manifest_file = workspace.manifest_file(number, model.label)
         kept, mend = _begun_before(folder, model, plan.chunk_bytes), False
         if model.made:

@@ -9,11 +9,20 @@ import yaml
 from mergepipe.pipeline.plan import Plan
 from mergepipe.tasks.registry import method as find_method
 
+CARRIED = """# Merged task vectors
+
+What [mergepipe](https://pypi.org/project/mergepipe/) {version} has added up with {title}, before it was scaled and put
+on the base: no model. `mergepipe run --add MODEL` goes on from here. If no model is ever to be added, remove it.
+"""
+
 
 def model_card(plan: Plan) -> str:
     """Text of the card: front matter for the hub, the models, the method with its paper, the recipe."""
     method = find_method(plan.recipe["merge_method"])
-    began = [model.label for model in plan.models if not model.made]
+    if plan.sidecar is None:
+        return CARRIED.format(version=plan.version, title=method.title)
+    models = [m for m in (*plan.models[:1], *plan.merged_before, *plan.models[1:]) if m.role != "carried"]
+    began = [model.label for model in models if not model.made]
     began += [label for earlier in plan.earlier for label in earlier.models]
     front: dict[str, Any] = {
         "base_model": list(dict.fromkeys(began)),
@@ -33,7 +42,7 @@ def model_card(plan: Plan) -> str:
     lines += ["", "## Models", ""]
     lines += [
         f"* `{model.label}`{' (base)' if model.role == 'base' else ''}{', a merge itself' if model.made else ''}"
-        for model in plan.models
+        for model in models
     ]
     recipes = [*(earlier.recipe for earlier in plan.earlier), plan.recipe]
     lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True).strip()]

@@ -11,6 +11,7 @@ of a run that was interrupted are those of one that was not. A key is there wher
 ``route``                 how a whole matrix was decomposed: full, gram or randomized
 ``ranks``                 components kept of each task vector
 ``spanned``               dimensions of the left and the right frame
+``protected``             directions of the merge so far that were closed to each model (`opcm`)
 ``conditioning``          their smallest kept over largest squared singular value
 ``gram_steps_repeated``   Gram steps that were taken twice for its sake
 ``directions_lost``       components asked for that were zero or dependent on others

@@ -20,11 +20,13 @@ COLORS = {
     "reduce": "#cfe3f5",
     "combine": "#f6e3b4",
     "factor": "#f3d0d0",
+    "project": "#f3d0d0",
     "solve": "#f6e3b4",
+    "calibrate": "#f6e3b4",
     "apply": "#d3ecd0",
     "done": "#e4dcef",
 }
-STEPS = ("factor", "solve")
+STEPS = ("factor", "project", "solve", "calibrate")
 """Steps of methods that look at a whole matrix: a column each."""
 
 

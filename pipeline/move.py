@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.plan import Plan, Source
 from mergepipe.pipeline.space import check_room, output_need
+from mergepipe.pipeline.stages import folders_read, moved_to
 from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.workspace import Workspace
 
@@ -48,8 +48,8 @@ def move_output(plan: Plan, workspace: Workspace, out: str | Path, *, restart: b
             f"the output '{plan.output}' of this plan {state}, it can't be moved to '{target}' any more: run without "
             f"--out, build into another --work, or forget this work with --restart"
         )
-    moved = replace(plan, output=target)
-    outputs.check_folder(Path(target), [model.path for model in plan.models])
+    moved = moved_to(plan, target)
+    outputs.check_folder(Path(target), folders_read(moved))
     check_room([output_need(moved, _head_bytes(plan, workspace), handed_over=handed_over)])
     if workspace.begun():
         if not finished:

@@ -27,6 +27,7 @@ from mergepipe.storage.writer import READ_BACK_BYTES, SealedShard, publish_part
 MANIFEST_NAME = "mergepipe_manifest.json"
 HEADS_FOLDER = "heads"
 TASKS_FOLDER = "tasks"
+CARRIED_FOLDER = "opcm"
 CARD_NAME = "README.md"
 
 SIDECARS = (
@@ -96,8 +97,14 @@ def check_folder(folder: Path, inputs: Iterable[str], ours: Iterable[str] = ()) 
 def work_names(plan: Plan) -> set[str]:
     """Names that an unfinished run of this plan may have left in the output folder; a kill may come at the very end."""
     shards = {f"{shard.file}{end}" for shard in plan.layout().shards for end in ("", ".part")}
-    beside = {path.name for path in _sidecars(Path(plan.models[plan.sidecar].path))}
+    beside = set() if plan.sidecar is None else {p.name for p in _sidecars(Path(plan.models[plan.sidecar].path))}
+    beside |= first_names(plan)
     return shards | beside | {HEADS_FOLDER, TASKS_FOLDER, CARD_NAME, MANIFEST_NAME, INDEX_NAME}
+
+
+def first_names(plan: Plan) -> set[str]:
+    """Names that are in the output folder before this plan begins to work there."""
+    return set() if plan.first_stage is None else {CARRIED_FOLDER}
 
 
 def sweep(plan: Plan) -> None:
@@ -205,7 +212,8 @@ def manifest(
         "recipe": plan.recipe,
         "inputs": [
             {"model": model.label, "path": model.path, "role": model.role, "fingerprint": model.fingerprint}
-            for model in plan.models
+            for model in (*plan.models[:1], *plan.merged_before, *plan.models[1:])
+            if model.role != "carried"
         ],
         "shards": [
             {
@@ -234,7 +242,8 @@ def manifest(
 def publish(plan: Plan, record: Mapping[str, Any]) -> None:
     """Put everything beside the weights, and the index (or the single file's name) last."""
     folder = Path(plan.output)
-    copy_sidecars(Path(plan.models[plan.sidecar].path), folder, config_changes(plan))
+    if plan.sidecar is not None:
+        copy_sidecars(Path(plan.models[plan.sidecar].path), folder, config_changes(plan))
     write_atomic(folder / CARD_NAME, model_card(plan).encode())
     replace_manifest(plan, record)
     index = plan.layout().index

@@ -47,8 +47,9 @@ class PlannedModel:
         Its folder's name, made unique; for messages, statistics and side files.
     path : str
         Absolute.
-    role : {'base', 'model'}
-        Whether it is the base (or the primary), or one of the models merged.
+    role : {'base', 'model', 'carried'}
+        Whether it is the base (or the primary), one of the models merged, or what an earlier merge or stage has carried
+        over (see :mod:`mergepipe.pipeline.stages`).
     store : {'virtual', 'copy'}
         Kind of its zarr hierarchy.
     why : str
@@ -63,7 +64,7 @@ class PlannedModel:
 
     label: str
     path: str
-    role: Literal["base", "model"]
+    role: Literal["base", "model", "carried"]
     store: Literal["virtual", "copy"]
     why: str
     tensors: int
@@ -101,6 +102,10 @@ class PlannedTensor:
         Where its thresholds are taken.
     work : str
         "float32", or "float64" where an input is F64.
+    carried : Source or None
+        What an earlier merge, or an earlier stage of this one, has carried over.
+    offset : int
+        Position of its first model among all that the merge has.
     """
 
     name: str
@@ -116,11 +121,14 @@ class PlannedTensor:
     sparsify_params: tuple[dict[str, Any], ...] = ()
     work: str = "float32"
     scope: str = "tensor"
+    carried: Source | None = None
+    offset: int = 0
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """All tensors it is made from, the base first."""
-        return self.models if self.base is None else (self.base, *self.models)
+        """All tensors it is made from, the base first, what was carried over last."""
+        first = () if self.base is None else (self.base,)
+        return (*first, *self.models, *(() if self.carried is None else (self.carried,)))
 
     @property
     def output(self) -> OutputTensor:
@@ -146,6 +154,7 @@ class PlannedTensor:
             seed,
             self.scope,
             all(source.dtype == "BF16" for source in self.sources),
+            self.offset,
         )
 
 
@@ -175,8 +184,8 @@ class Plan:
         The output folder, absolute.
     side : dict of str to tuple of Source
         Tensors kept beside the merge, by label of the model they come from.
-    sidecar : int
-        Number of the model whose configuration and tokenizer are copied.
+    sidecar : int or None
+        Number of the model whose configuration and tokenizer are copied; None for an output that is no model.
     dtype : str or None
         The output dtype the recipe asks for, by its alias.
     notes : tuple of str
@@ -190,6 +199,14 @@ class Plan:
         What changes in the sidecar model's `config.json`, besides the dtype: new values, in mappings as deep as theirs.
     earlier : tuple of Earlier
         The merges that come before, for a recipe of several documents.
+    first_stage : Plan or None
+        What is made first, for this plan to read; see :mod:`mergepipe.pipeline.stages`.
+    merged_before : tuple of PlannedModel
+        Models that were merged before and are not read again.
+    norms : tuple of float
+        Of a first stage: the norms of their task vectors.
+    added : str or None
+        The model that was added, if the plan adds one to a finished merge: its path.
     """
 
     format: int
@@ -202,7 +219,7 @@ class Plan:
     metadata: dict[str, str]
     output: str
     side: dict[str, tuple[Source, ...]]
-    sidecar: int
+    sidecar: int | None
     dtype: str | None
     notes: tuple[str, ...]
     allowed: int
@@ -210,6 +227,15 @@ class Plan:
     seed: int
     config: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[Earlier, ...] = ()
+    first_stage: Plan | None = None
+    merged_before: tuple[PlannedModel, ...] = ()
+    norms: tuple[float, ...] = ()
+    added: str | None = None
+
+    @property
+    def stages(self) -> tuple[Plan, ...]:
+        """What is carried out, in order: a first stage if there is one, then the plan itself."""
+        return (self,) if self.first_stage is None else (self.first_stage, self)
 
     def layout(self) -> OutputLayout:
         """The place of every output byte."""

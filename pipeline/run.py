@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergepipe.errors import WorkspaceError
-from mergepipe.pipeline import changes, devices, outputs, recheck, scoring
+from mergepipe.pipeline import changes, devices, outputs, recheck, scoring, stages
 from mergepipe.pipeline.admission import Admission
 from mergepipe.pipeline.chain_run import earlier_first
 from mergepipe.pipeline.diagnostics import Findings, remark
@@ -43,7 +43,7 @@ from mergepipe.pipeline.masks import TaskMasks
 from mergepipe.pipeline.measure import Meter
 from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling
 from mergepipe.pipeline.move import move_output
-from mergepipe.pipeline.plan import Plan, Source
+from mergepipe.pipeline.plan import Plan, PlannedTensor, Source
 from mergepipe.pipeline.reading import ReaderKind, choose_reading
 from mergepipe.pipeline.resume import (
     Progress,
@@ -190,18 +190,17 @@ def run(
         if restart and workspace.begun():
             outputs.remove_work(plan)
             workspace.forget_progress()
-        with Meter() as meter:
-            job = _Run(plan, workspace, ceiling, device, reader, sha256, on_shard, ended, announce)
-            sealed = job.execute(verify)
-        manifest = outputs.manifest(plan, sealed, job.findings.records, meter, job.workers, device=job.device)
-        for number, entry in enumerate(manifest["shards"]):
-            if number in job.shards.handed:
-                entry["handed_over"] = True
+        how = _How(ceiling, device, reader, sha256, on_shard, verify, ended)
+        if plan.first_stage is None:
+            manifest = _carry_out(plan, workspace, how, announce)
+        else:
+            first = _first_stage(plan, plan.first_stage, workspace, how, announce)
+            manifest = stages.joined(_carry_out(plan, workspace, how, announce, stages.scaling(first)), first)
         if diagnostics:
-            _compare(manifest, plan, workspace, ceiling, job.device, ended, announce)
+            _compare(manifest, plan, workspace, ceiling, manifest["device"], ended, announce)
         outputs.publish(plan, manifest)
         _hand_over_single(plan, workspace, on_shard)
-        announce(RunFinished(plan.output, meter.seconds))
+        announce(RunFinished(plan.output, manifest["seconds"]))
     return Result(Path(plan.output), manifest)
 
 
@@ -216,6 +215,47 @@ def _compare(
 ) -> None:
     """Add to a manifest how the tensors have changed."""
     changes.add_to(manifest, changes.Survey(plan, workspace, ceiling, device, stop, announce).make())
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """The options of a run that are the same for all its stages."""
+
+    ceiling: Ceiling
+    device: str
+    reader: ReaderKind
+    sha256: bool
+    on_shard: str | None
+    verify: Verify
+    stop: threading.Event
+
+
+def _first_stage(plan: Plan, first: Plan, workspace: Workspace, how: _How, announce: Announcer) -> dict[str, Any]:
+    """Make what the plan reads, or find it made; its manifest."""
+    record = stages.complete(first)
+    made = record is None
+    if record is None:
+        ours = outputs.work_names(plan) if workspace.begun() else ()
+        outputs.check_folder(Path(plan.output), stages.folders_read(plan), ours)
+        workspace.first_stage.root.mkdir(exist_ok=True)
+        record = _carry_out(first, workspace.first_stage, replace(how, on_shard=None), announce)
+        outputs.publish(first, record)
+    stages.open_carried(plan, workspace, anew=made)
+    return record
+
+
+def _carry_out(
+    plan: Plan, workspace: Workspace, how: _How, announce: Announcer, given: State | None = None
+) -> dict[str, Any]:
+    """Carry out one plan, up to its manifest."""
+    with Meter() as meter:
+        job = _Run(plan, workspace, how, announce, given or {})
+        sealed = job.execute(how.verify)
+    manifest = outputs.manifest(plan, sealed, job.findings.records, meter, job.workers, device=job.device)
+    for number, entry in enumerate(manifest["shards"]):
+        if number in job.shards.handed:
+            entry["handed_over"] = True
+    return manifest | (stages.norms(plan, job.squares) if plan.sidecar is None else {})
 
 
 def _check_version(plan: Plan, workspace: Workspace) -> None:
@@ -244,38 +284,37 @@ class _Run:
         self,
         plan: Plan,
         workspace: Workspace,
-        ceiling: Ceiling,
-        device: str,
-        reader: ReaderKind,
-        sha256: bool,
-        on_shard: str | None,
-        stop: threading.Event,
+        how: _How,
         announce: Announcer,
+        given: State,
     ) -> None:
         self.plan = plan
         self.workspace = workspace
         self.announce = announce
-        self.workers = ceiling.workers
-        self.sha256 = sha256
-        self.on_shard = on_shard
+        self._given = given
+        self.workers = how.ceiling.workers
+        self.sha256 = how.sha256
+        self.on_shard = how.on_shard
         self.manifests = [
             ChunkManifest.load(workspace.manifest_file(number, model.label)) for number, model in enumerate(plan.models)
         ]
         check_inputs(self.manifests)
+        ceiling = how.ceiling
         self._allowed = ceiling.allowed
-        self._reading = choose_reading(reader, plan, ceiling, self.manifests)
+        self._reading = choose_reading(how.reader, plan, ceiling, self.manifests)
         self.scheduled = self._reading.scheduled
         self._whole = any(item.held for item in self.scheduled)
-        self._asked_device = device
+        self._asked_device = how.device
         self._staging = scoring.staging_bytes(plan)
         self._scoring = self._settle_scoring(ceiling, self._reading.gathered) if self._staging else "cpu"
-        self._drivers = Drivers(stop, f"`mergepipe run --work {workspace.root}` goes on with it")
+        self._drivers = Drivers(how.stop, f"`mergepipe run --work {workspace.name}` goes on with it")
         self._admission = Admission(held_for_matrices(self.scheduled, ceiling.allowed), self._drivers.check_stop)
         self._element_wise = threading.BoundedSemaphore(TENSORS_IN_FLIGHT)
         self._reading = replace(self._reading, scheduled=self.scheduled)
         self._reader, self._pool_bytes = self._reading.open(), self._reading.pool
         self.layout = plan.layout()
         self.folder = Path(plan.output)
+        self.squares: dict[int, State] = {}
         self._buffers = WorkerBuffers()
         self._lock = threading.Lock()
         self._works: dict[int, TensorWork | TensorCopy] = {}
@@ -325,14 +364,14 @@ class _Run:
         progress = Progress.replay(self._journal.records)
         if progress.plan is not None and (progress.plan, progress.version) != (self.plan.id, self.plan.version):
             raise WorkspaceError(
-                f"the unfinished work in '{self.workspace.root}' belongs to another plan or version "
+                f"the unfinished work in '{self.workspace.name}' belongs to another plan or version "
                 f"({progress.version}): finish it with that, or drop it with `mergepipe run --restart`"
             )
         torn = self._journal.torn_bytes
         began = progress.plan is not None
         # A journal torn in its first record is one whose run had found the folder empty.
-        ours = outputs.work_names(self.plan) if began or torn else set()
-        outputs.check_folder(self.folder, [model.path for model in self.plan.models], ours)
+        ours = outputs.work_names(self.plan) if began or torn else outputs.first_names(self.plan)
+        outputs.check_folder(self.folder, stages.folders_read(self.plan), ours)
         outputs.sweep(self.plan)
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [tensor.name for tensor in self.plan.tensors]
@@ -424,7 +463,7 @@ class _Run:
         for number, item in enumerate(self.scheduled):
             state = self._progress.states.get(number)
             if state is not None:
-                self.findings.keep(number, state)
+                self._keep(number, state)
             if self.shards.is_sealed(number):
                 continue
             rest = remaining(item, self._progress.written.get(number, ()))
@@ -481,6 +520,7 @@ class _Run:
             on_state=collect,
             resident=self._is_resident(number),
             shared=self._rounds.state_of(number),
+            carried=self._carried(number),
             sweeps=group.rounds[which[1]].reductions(job),
             scorer=self._scorer,
         )
@@ -537,9 +577,18 @@ class _Run:
             state=self._progress.states.get(number),
             on_state=lambda state: self._found(number, state),
             resident=self._is_resident(number),
-            shared=self._rounds.state_of(number),
+            shared={**self._rounds.state_of(number), **self._given_to(tensor)},
+            carried=self._carried(number),
             scorer=self._scorer,
         )
+
+    def _given_to(self, tensor: PlannedTensor) -> State:
+        """What the first stage has to say to a tensor."""
+        return self._given if stages.carries(tensor) else {}
+
+    def _carried(self, number: int) -> TensorSource | None:
+        carried = self.plan.tensors[number].carried
+        return None if carried is None else self._source(carried)
 
     def _where(self, number: int) -> str:
         """The device that a tensor is worked on with."""
@@ -569,8 +618,14 @@ class _Run:
         if text := remark(self.plan.tensors[number].name, state):
             self.announce(Note(text))
         self._statistics.put(number, state)
-        self.findings.keep(number, state)
+        self._keep(number, state)
         self.shards.committer.add_record(state_record(number, state))
+
+    def _keep(self, number: int, state: State) -> None:
+        self.findings.keep(number, state)
+        if "task_squares" in state:
+            with self._lock:
+                self.squares[number] = state
 
     def _finish(self, number: int) -> None:
         """A tensor is complete."""

@@ -193,8 +193,8 @@ def _matrix(
         return None
     rows = (tensor.shape[0], tensor.shape[1])
     unit, kept, _ = _unit(tensor, plan, gathered, ahead)
-    # With nothing to thin, a panel is made from the base and one model, and rows of the output from the base.
-    thins = job.sparsify != "none"
+    # With nothing to thin or merge, a panel is made from the base and one model, and rows of the output from the base.
+    thins = job.sparsify != "none" or matrix.merges
     # Whether windows are gathered is known only when the plan is run, and units can't shrink: they count as gathered.
     unit = replace(unit, elements=panel_floats(rows, UNIT_ELEMENTS), gathered=True)
     return MatrixShape(

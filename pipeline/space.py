@@ -88,6 +88,8 @@ def output_need(plan: Plan, head_bytes: Callable[[Source], int], *, handed_over:
     sizes = sorted((shard.size for shard in plan.layout().shards), reverse=True)
     beside = sum(head_bytes(source) + HEAD_BYTES for sources in plan.side.values() for source in sources)
     total = sum(sizes[:SHARDS_OPEN] if handed_over else sizes) + beside + sum(mask_bytes(plan).values())
+    if plan.first_stage is not None:  # kept beside the output, whatever is handed over
+        total += plan.first_stage.layout().nbytes - outputs.held_bytes(plan.first_stage)
     what = f"{SHARDS_OPEN} files of the output" if handed_over else "the output"
     return Need(Path(plan.output), total - outputs.held_bytes(plan), what)
 

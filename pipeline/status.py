@@ -40,7 +40,7 @@ class Status:
     process : int or None
         Who is at work.
     done_bytes, total_bytes : int
-        Of the output files; done is what is durable.
+        Of the output files, those of a first stage among them; done is what is durable.
     shards_done, shards : int
         Output files that are complete, and all of them.
     tensors_reduced, tensors : int
@@ -140,19 +140,23 @@ def _together(root: Workspace, last: Status, before: dict[str, Status]) -> Statu
 
 def _status(workspace: Workspace, now: float | None) -> Status:
     plan = Plan.from_json(workspace.read_plan())
-    layout = plan.layout()
     process = workspace.holder()
-    records = read_journal(workspace.journal_file)
-    progress = Progress.replay(records)
     finished = outputs.finished(plan) is not None
+    places = [workspace] if plan.first_stage is None else [workspace.first_stage, workspace]
+    journals = [read_journal(place.journal_file) for place in places]
+    made = [Progress.replay(records) for records in journals]
     damage: tuple[str, ...] = ()
-    if process is None and (finished or progress.plan is not None):
-        damage = tuple(recheck.check(progress, plan, layout, Path(plan.output), "none").notes)
+    for stage, progress in zip(plan.stages, made, strict=True):
+        if process is None and (finished or progress.plan is not None):
+            damage += tuple(recheck.check(progress, stage, stage.layout(), Path(stage.output), "none").notes)
     copies = () if finished else tuple(f"'{path}' {MISMATCH}" for path in marked_damage(workspace, plan))
     state = _state(process, finished, workspace.begun(), damage + copies)
-    data = sum(tensor.output.nbytes for tensor in plan.tensors)
-    done = data if state == "done" else progress.done_bytes(plan)
+    data = sum(tensor.output.nbytes for stage in plan.stages for tensor in stage.tensors)
+    done = data if state == "done" else sum(p.done_bytes(stage) for stage, p in zip(plan.stages, made, strict=True))
+    # The stage at work is the last one begun.
+    records = next((records for records in reversed(journals) if records), [])
     rate = None if state == "done" else _rate(records, time.time() if now is None and process is not None else now)
+    shards = sum(len(stage.groups) for stage in plan.stages)
     worked, total = (last_progress(workspace.events_file) or (None, None)) if state == "running" else (None, None)
     return Status(
         state=state,
@@ -161,10 +165,10 @@ def _status(workspace: Workspace, now: float | None) -> Status:
         process=process,
         done_bytes=done,
         total_bytes=data,
-        shards_done=len(layout.shards) if state == "done" else len(progress.sealed),
-        shards=len(layout.shards),
-        tensors_reduced=len(progress.states),
-        tensors=len(plan.tensors),
+        shards_done=shards if state == "done" else sum(len(progress.sealed) for progress in made),
+        shards=shards,
+        tensors_reduced=sum(len(progress.states) for progress in made),
+        tensors=sum(len(stage.tensors) for stage in plan.stages),
         rate=rate,
         left_s=None if not rate else (data - done) / rate,
         damage=damage + copies,

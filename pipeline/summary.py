@@ -16,7 +16,11 @@ from mergepipe.pipeline.schedule import ScheduledTensor, schedule
 
 
 def scheduled(plan: Plan, workers: int | None = None) -> tuple[ScheduledTensor, ...]:
-    """The plan cut into units as a run with the plan's own ceiling would cut it."""
+    """The plan cut into units as a run with the plan's own ceiling would cut it; a first stage comes first."""
+    return tuple(item for stage in plan.stages for item in _of_stage(stage, workers))
+
+
+def _of_stage(plan: Plan, workers: int | None = None) -> tuple[ScheduledTensor, ...]:
     ceiling = Ceiling(plan.allowed, workers or cpu_count())
     return schedule(plan, ceiling, gathered=[model.store == "copy" for model in plan.models])
 
@@ -30,10 +34,12 @@ def summarize(plan: Plan) -> dict[str, Any]:
         `id`, `output`, `models` (label, role, store, why, nbytes, copied_bytes), `tensors`, `merged`, `copied`,
         `parameters`, `methods` (tensors per method), `input_bytes` (one read of everything that is used), `sweeps`
         (reads of the tensor that is read most often), `requested_bytes` (asked for in all sweeps), `output_bytes`,
-        `shards`, `units`, `tasks`, `projected_bytes`, `allowed_bytes`, `disk_bytes`, `notes`.
+        `first_stage_bytes` (kept beside it for models to come), `shards`, `units`, `tasks`, `projected_bytes`,
+        `allowed_bytes`, `disk_bytes`, `notes`.
     """
-    items = scheduled(plan)
     layout = plan.layout()
+    items, own = scheduled(plan), _of_stage(plan)
+    first = 0 if plan.first_stage is None else plan.first_stage.layout().nbytes
     methods = Counter(
         tensor.method + (f" + {tensor.sparsify}" if tensor.sparsify != "none" else "")
         for tensor in plan.tensors
@@ -49,27 +55,28 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "merged": sum(tensor.action == "merge" for tensor in plan.tensors),
         "copied": sum(tensor.action == "copy" for tensor in plan.tensors),
         "side": {label: [source.name for source in sources] for label, sources in plan.side.items()},
-        "parameters": sum(_size(item) for item in items),
+        "parameters": sum(_size(item) for item in own),
         "methods": dict(methods.most_common()),
         "input_bytes": sum(item.tensor.input_bytes() for item in items),
         "sweeps": max((math.ceil(len(item.rounds) + item.sweep_reads + 1) for item in items), default=0),
         "requested_bytes": sum(item.bytes_read for item in items),
         "output_bytes": layout.nbytes,
+        "first_stage_bytes": first,
         "shards": len(layout.shards),
         "units": sum(len(item.units) for item in items),
         "tasks": sum(item.tasks for item in items),
         "projected_bytes": max((item.projected for item in items), default=0),
         "allowed_bytes": plan.allowed,
-        "disk_bytes": layout.nbytes + sum(model.copied_bytes for model in plan.models),
+        "disk_bytes": layout.nbytes + first + sum(model.copied_bytes for model in plan.models),
         "notes": list(plan.notes),
     }
 
 
 def tensor_rows(plan: Plan) -> list[dict[str, Any]]:
-    """One record per tensor: method, sweeps, units, bytes, memory."""
-    places = plan.layout().places
+    """One record per tensor and stage: method, sweeps, units, bytes, memory."""
     return [
         {
+            "stage": number,
             "name": item.tensor.name,
             "shape": list(item.tensor.shape),
             "dtype": item.tensor.dtype,
@@ -85,7 +92,9 @@ def tensor_rows(plan: Plan) -> list[dict[str, Any]]:
             "shard": places[item.tensor.name].shard,
             "offset": places[item.tensor.name].offset,
         }
-        for item in scheduled(plan)
+        for number, stage in enumerate(plan.stages, 1)
+        for places in [stage.layout().places]
+        for item in _of_stage(stage)
     ]
 
 

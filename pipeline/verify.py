@@ -223,13 +223,15 @@ def _check_workspace(workspace: Workspace, report: Report) -> None:
     report.files += 1
     for number, model in enumerate(plan.models):
         path = workspace.manifest_file(number, model.label)
-        if path.is_file() or not model.made:
+        if path.is_file() or not (model.made or model.role == "carried"):
             workspace.mark_damage(number, model.label, _check_store(path, model, report))
     if workspace.holder() is not None:
         report.notes.append("a run is at work: its output is not checked")
     elif outputs.finished(plan) is not None:
         _check_output(Path(plan.output), report)
     else:
+        if plan.first_stage is not None:
+            _check_progress(workspace.first_stage, plan.first_stage, report)
         _check_progress(workspace, plan, report)
 
 
@@ -270,7 +272,7 @@ def _check_copy(manifest: ChunkManifest, report: Report) -> list[str]:
 
 def _check_progress(workspace: Workspace, plan: Plan, report: Report) -> None:
     """Unfinished work against the journal."""
-    if not workspace.begun():
+    if not workspace.journal_file.exists():
         return
     report.files += 1
     data = workspace.journal_file.read_bytes()

@@ -6,6 +6,7 @@
       journal.log          what of it is durable
       statistics/          what the reductions found: a zarr group
       ballast              disk space set aside for them; gone when a run ends
+      first/               journal and statistics of a first stage, where a merge has two
       events.jsonl         what happened, for people and programs to read
       chain.json           names of the merges that come before, for a recipe of several documents
       merges/NAME/         the workspace of each of them, and
@@ -43,10 +44,23 @@ class Workspace:
     ----------
     root : Path
         The folder; need not exist yet.
+    within : Workspace, optional
+        The workspace that this one is a part of, for a stage of its merge: plan, lock and stores are there.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, within: Workspace | None = None) -> None:
         self.root = Path(os.path.abspath(root))
+        self._within = within
+
+    @property
+    def name(self) -> Path:
+        """The folder that a user knows it by."""
+        return self.root if self._within is None else self._within.root
+
+    @property
+    def first_stage(self) -> Workspace:
+        """The part of it that belongs to the first stage of a merge that has two."""
+        return Workspace(self.root / "first", self)
 
     @property
     def plan_file(self) -> Path:
@@ -81,7 +95,7 @@ class Workspace:
     @property
     def stores(self) -> Path:
         """Folder of the zarr hierarchies of all models."""
-        return self.root / "stores"
+        return self.name / "stores"
 
     def store(self, number: int, label: str) -> Path:
         """Folder of the zarr hierarchy of model `number`."""
@@ -192,21 +206,24 @@ class Workspace:
             raise WorkspaceError(f"no plan in '{self.root}': run `mergepipe build` first, or name its --work") from None
 
     def begun(self) -> bool:
-        """Whether a run has begun to write: its journal holds something, or held it before it was damaged."""
-        try:
-            return self.journal_file.stat().st_size > len(MAGIC)
-        except FileNotFoundError:
-            return False
+        """Whether a run has begun to write: a journal holds something, or held it before it was damaged."""
+        for journal in (self.journal_file, self.first_stage.journal_file):
+            with contextlib.suppress(FileNotFoundError):
+                if journal.stat().st_size > len(MAGIC):
+                    return True
+        return False
 
     def forget_progress(self) -> None:
-        """Remove the journal and the statistics, so that the next run starts from the beginning."""
+        """Remove journals and statistics, so that the next run starts from the beginning."""
         self.journal_file.unlink(missing_ok=True)
         fsync_path(self.root)
         shutil.rmtree(self.statistics, ignore_errors=True)
+        shutil.rmtree(self.first_stage.root, ignore_errors=True)
 
     def contents(self) -> list[Path]:
         """Everything mergepipe may have put here, the lock last."""
         files = [self.plan_file, self.journal_file, self.events_file, self.statistics, self.ballast_file, self.stores]
+        files.append(self.first_stage.root)
         return [*files, self.chain_file, self.root / "merges", self.root / "merged", self.lock_file]
 
     def remove(self) -> None:

@@ -119,7 +119,7 @@ def drop(job: Job, tile: Tile, drawn: Sequence[Drawn], stream: str = "") -> None
         if density <= 0:
             tile.values[k] = 0
             continue
-        philox.words(np.uint64(philox.mask_key(job.seed, k, job.name + stream)), tile.start, words)
+        philox.words(np.uint64(philox.mask_key(job.seed, job.offset + k, job.name + stream)), tile.start, words)
         order = ascending(tile.values[k].reshape(-1, n))
         inverse = params["rescale"] == "inverse_keep"
         _drop_ranked(tile.values[k], order, words, density - epsilon, 2 * epsilon, density, inverse)

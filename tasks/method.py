@@ -242,6 +242,9 @@ class Job:
     halves : bool
         Whether all inputs are stored as bfloat16, whose differences have few significant bits: decides about the way
         to a result, never about the result.
+    offset : int
+        Position of the first model among all models of the merge, where those before it have been merged already and
+        come in as what an earlier merge carried over.
     """
 
     name: str
@@ -255,6 +258,7 @@ class Job:
     seed: int = 0
     scope: str = "tensor"
     halves: bool = False
+    offset: int = 0
 
     @property
     def size(self) -> int:
@@ -288,6 +292,8 @@ class Tile:
         overwrite them; the next sweep decodes them anew.
     scratch : ndarray, shape (method.scratch_rows, n)
         Working memory with undefined contents.
+    carried : ndarray, shape (n,), or None
+        What an earlier merge, or an earlier stage of this one, has carried over. Not to be modified.
     """
 
     index: int
@@ -295,6 +301,7 @@ class Tile:
     base: Array | None
     values: Array
     scratch: Array
+    carried: Array | None = None
 
 
 @dataclass(slots=True)
@@ -441,17 +448,22 @@ class WholeMatrix:
     steps : callable
         Names of the steps: each waits for the one before, and the rows of the output for the last one.
     start : callable
-        ``start(job, sources, device)``: a solver. `sources` are the thinned task vectors as
-        :class:`mergepipe.tasks.subspace.panels.Panels`, in recipe order.
+        ``start(job, sources, device)``: a solver. `sources` are :class:`mergepipe.tasks.subspace.panels.Sources`.
     peak : callable
         float64 values that the solver holds at its peak: a function of shape and parameters alone. Raises `RecipeError`
         where the parameters do not suit the shape.
+    merges : bool
+        Whether the solver asks for what the method's kernel makes of all models together.
+    onto_base : bool
+        Whether the output is the base plus the update, or the update alone.
     """
 
     takes: Callable[[Job], bool]
     steps: Callable[[Job], tuple[str, ...]]
-    start: Callable[[Job, Sequence[Any], str], MatrixSolver]
+    start: Callable[[Job, Any, str], MatrixSolver]
     peak: Callable[[Job], int]
+    merges: bool = False
+    onto_base: bool = True
 
 
 Kernel = Callable[[Job, State, Tile, Array], None]
@@ -560,6 +572,10 @@ class MergeMethod:
         What is kept beside the output for each model; see :data:`Masks`.
     scopes : tuple of str
         Where the method itself can take thresholds: "tensor", "model".
+    carries : bool
+        Whether the merge is made in two stages: first the merged task vectors alone, which are kept, so that models can
+        be added later; then these, scaled by something known of all of them, on the base. In the second stage a job has
+        no models, and its kernel finds the first one's result in `Tile.carried`; see :mod:`mergepipe.pipeline.stages`.
     paper : Paper or None
     specification : str
         "published", or the version of a reconstruction such as "tadrop-r1".
@@ -585,6 +601,7 @@ class MergeMethod:
     rounds_read: tuple[str, ...] = ()
     masks: Masks | None = None
     scopes: tuple[str, ...] = ("tensor",)
+    carries: bool = False
     paper: Paper | None = None
     specification: str = "published"
     known: tuple[str, ...] = field(default=())

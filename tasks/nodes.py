@@ -41,7 +41,7 @@ from mergepipe.tasks.method import (
 )
 from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.subspace.declare import thin
-from mergepipe.tasks.subspace.panels import Made, blocks_of, rows_of
+from mergepipe.tasks.subspace.panels import Made, Sources, blocks_of, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -157,6 +157,8 @@ class TensorWork:
         For a sweep of a round: its reductions, in place of the method's.
     scorer : Scorer, optional
         A device that helps with the reductions that can do with one.
+    carried : TensorSource, optional
+        What an earlier merge, or an earlier stage of this one, has carried over: a task vector, no model.
     """
 
     steps: tuple[str, ...] = ()
@@ -181,10 +183,12 @@ class TensorWork:
         shared: State | None = None,
         sweeps: Sequence[Reduction] | None = None,
         scorer: Scorer | None = None,
+        carried: TensorSource | None = None,
     ) -> None:
         self.job = job
         self.method = method
         self.base = base
+        self.carried = carried
         self.models = tuple(models)
         self.out = DTYPES[out_dtype]
         self.units = tuple(units)
@@ -206,8 +210,9 @@ class TensorWork:
 
     @property
     def sources(self) -> tuple[TensorSource, ...]:
-        """Everything that is read: the base first, if there is one."""
-        return self.models if self.base is None else (self.base, *self.models)
+        """Everything that is read: the base first, if there is one, and last what was carried over."""
+        first = () if self.base is None else (self.base,)
+        return (*first, *self.models, *(() if self.carried is None else (self.carried,)))
 
     def begin(self) -> None:
         """Tell the reader what will be asked for."""
@@ -354,9 +359,15 @@ class TensorWork:
             base_row = self._buffers.get("base", (longest,), job.work)
             values = self._buffers.get("values", (job.models, longest), job.work)
             scratch = self._buffers.get("scratch", (self.method.scratch_rows, longest), job.work)
+            carried = None if self.carried is None else self._buffers.get("carried", (longest,), job.work)
             for index in range(*blocks):
                 first, after = block_bounds(job.shape, index)
-                yield self._decode(stored, index, first, slice(first - start, after - start), base_row, values, scratch)
+                part = slice(first - start, after - start)
+                tile = self._decode(stored, index, first, part, base_row, values, scratch)
+                if carried is not None and self.carried is not None:
+                    tile.carried = carried[: after - first]
+                    self._check(convert.decode(stored[-1][part], self.carried.dtype, tile.carried), self.carried, first)
+                yield tile
 
     def _decode(
         self,
@@ -378,6 +389,7 @@ class TensorWork:
             base = base_row[:n]
             self._check(convert.decode(stored[0][part], self.base.dtype, base), self.base, first)
             rows = stored[1:]
+        rows = rows[: self.job.models]
         for k, (source, row) in enumerate(zip(self.models, rows, strict=True)):
             if base is not None and self.method.space == "deltas":
                 bad = convert.decode_delta(row[part], source.dtype, base, tile_values[k])
@@ -407,6 +419,10 @@ class TensorWork:
                 f"(flat index, row-major): repair or leave out the model, or take this tensor from the base with "
                 f"a rule (`match`, `merge_method: passthrough`)"
             )
+
+
+TakePanel = Callable[[tuple[int, int], int, Array], None]
+"""Fills an array with the elements of some blocks, the first of which begins at a given element."""
 
 
 class MatrixWork(TensorWork):
@@ -448,8 +464,7 @@ class MatrixWork(TensorWork):
         """Take one step of the solver."""
         self._stop()
         if self._solver is None:
-            sources = [Made(self._shape, partial(self._panel, k)) for k in range(self.job.models)]
-            self._solver = self._matrix.start(self.job, sources, self._device)
+            self._solver = self._matrix.start(self.job, self._panels_of_all(), self._device)
         self._solver.step(number)
         if number == len(self.steps) - 1:
             self.state = {**self.state, **self._solver.findings()}
@@ -461,21 +476,42 @@ class MatrixWork(TensorWork):
         """Put some rows of the update on the base and write them."""
         self._stop()
         assert self._solver is not None, "steps come before"
-        assert self.base is not None, "these methods need one"
         blocks = self.units[unit]
         start, stop = self._bounds(blocks)
         merged = self._buffers.get("rows", (stop - start,), np.float64)
-        segments = self.base.manifest.segments(self.base.name, start, stop)
-        with self._reader.window(segments, last=True) as window:
-            self._check(convert.decode(self._aligned(0, window), self.base.dtype, merged), self.base, start)
+        if self._matrix.onto_base:
+            self._read_base(start, stop, merged)
+        else:
+            merged.fill(0)
         self._solver.add_update(rows_of(self._shape, blocks), merged.reshape(-1, self._shape[1]))
         out = self._buffers.get("output", merged.shape, self.out.bits, self._sink.place(start * self.out.itemsize))
         self._encode(merged, start, out)
         self._sink(start * self.out.itemsize, out)
         self._report("apply", self._input_bytes(blocks) + out.nbytes)
 
-    def _panel(self, model: int, span: tuple[int, int]) -> torch.Tensor:
-        """Rows `span` of the thinned task vector of one model."""
+    def _read_base(self, start: int, stop: int, out: Array) -> None:
+        """Elements `start` to `stop` of the base, float64."""
+        assert self.base is not None, "these methods need one"
+        segments = self.base.manifest.segments(self.base.name, start, stop)
+        with self._reader.window(segments, last=True) as window:
+            self._check(convert.decode(self._aligned(0, window), self.base.dtype, out), self.base, start)
+
+    def _panels_of_all(self) -> Sources:
+        """Everything that a solver may ask for."""
+
+        def made(take: TakePanel) -> Made:
+            return Made(self._shape, partial(self._panel, take))
+
+        models = range(self.job.models)
+        return Sources(
+            thinned=tuple(made(partial(self._thinned, k)) for k in models),
+            plain=tuple(made(partial(self._plain, k)) for k in models),
+            merged=made(self._merged) if self._matrix.merges else None,
+            carried=None if self.carried is None else made(self._carried),
+        )
+
+    def _panel(self, take: TakePanel, span: tuple[int, int]) -> torch.Tensor:
+        """Rows `span` of what `take` reads, float64, on the device of the work."""
         import torch
 
         self._stop()
@@ -484,14 +520,41 @@ class MatrixWork(TensorWork):
         start, stop = self._bounds(blocks)
         # What goes to another device goes in the working type, and is widened there.
         rows = np.empty(stop - start, np.float64 if self._device == "cpu" else self.job.work)
-        # A sparsifier's mask takes all models at once; without one only this model is read.
-        thins = self.job.sparsify != "none"
-        work = self if thins else self._single(model)
-        for tile in work._tiles(blocks, last=not self._resident):
-            if thins:
-                thin(self.job, self.state, tile)
-            rows[tile.start - start :][: tile.values.shape[1]] = tile.values[model if thins else 0]
+        take(blocks, start, rows)
         return torch.from_numpy(rows.reshape(-1, self._shape[1])).to(self._device).to(torch.float64)
+
+    def _thinned(self, model: int, blocks: tuple[int, int], start: int, rows: Array) -> None:
+        """The thinned task vector of one model: a sparsifier's mask takes all models at once."""
+        if self.job.sparsify == "none":
+            self._plain(model, blocks, start, rows)
+            return
+        for tile in self._tiles(blocks, last=not self._resident):
+            thin(self.job, self.state, tile)
+            rows[tile.start - start :][: tile.values.shape[1]] = tile.values[model]
+
+    def _plain(self, model: int, blocks: tuple[int, int], start: int, rows: Array) -> None:
+        """The task vector of one model, which alone is read."""
+        for tile in self._single(model)._tiles(blocks, last=not self._resident):
+            rows[tile.start - start :][: tile.values.shape[1]] = tile.values[0]
+
+    def _merged(self, blocks: tuple[int, int], start: int, rows: Array) -> None:
+        """What the method's kernel adds to the base at a `lambda` of 1."""
+        job = replace(self.job, params={**self.job.params, "lambda": 1.0})
+        out = self._buffers.get("merged", (self._longest(),), job.work)
+        for tile in self._tiles(blocks, last=not self._resident):
+            assert tile.base is not None, "these methods need one"
+            tile.base.fill(0)
+            n = tile.values.shape[1]
+            self.method.kernel(job, self.state, tile, out[:n])
+            rows[tile.start - start :][:n] = out[:n]
+
+    def _carried(self, blocks: tuple[int, int], start: int, rows: Array) -> None:
+        """What was carried over."""
+        assert self.carried is not None, "asked before"
+        segments = self.carried.manifest.segments(self.carried.name, start, start + rows.shape[0])
+        with self._reader.window(segments, last=not self._resident) as window:
+            stored = self._aligned(len(self.sources) - 1, window)
+            self._check(convert.decode(stored, self.carried.dtype, rows), self.carried, start)
 
     def _single(self, model: int) -> TensorWork:
         """The same tensor as if only one model was merged."""

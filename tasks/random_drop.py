@@ -45,7 +45,7 @@ def drop(job: Job, tile: Tile, drawn: Sequence[Drawn], stream: str = "") -> None
         density = params["density"]
         if density >= 1:
             continue
-        key = np.uint64(philox.mask_key(job.seed, k, job.name + stream))
+        key = np.uint64(philox.mask_key(job.seed, job.offset + k, job.name + stream))
         philox.drop_random(tile.values[k], key, tile.start, math.floor(density * 2**32))
         if params["rescale"] == "inverse_keep" and density > 0:
             kernels.thin(tile.values[k], 0.0, 1 / density)

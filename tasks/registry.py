@@ -28,6 +28,7 @@ from mergepipe.tasks.methods import (
     multislerp,
     nearswap,
     nuslerp,
+    opcm,
     passthrough,
     pcb,
     ram,
@@ -72,6 +73,7 @@ METHODS: dict[str, MergeMethod] = {
         iso_c.METHOD,
         iso_cts.METHOD,
         dc_merge.METHOD,
+        opcm.METHOD,
         passthrough.METHOD,
     )
 }

@@ -175,7 +175,7 @@ def cut(job: Job, state: State, tile: Tile) -> tuple[kernels.Scalars, kernels.Sc
             kernels.drop_late_ties(tile.values[k], thresholds[k], max(0, int(state["_stay"][k] - before[k])))
     if "_limits" in state:
         for k in np.flatnonzero(state["_limits"] >= 0):
-            key = philox.mask_key(job.seed, int(k), job.name)
+            key = philox.mask_key(job.seed, job.offset + int(k), job.name)
             philox.drop_random(tile.values[k], np.uint64(key), tile.start, int(state["_limits"][k]))
     return thresholds, factors
 

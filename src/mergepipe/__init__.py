@@ -8,8 +8,9 @@ A merge is two calls, as it is two commands::
     result = mergepipe.run("w", on_event=print)  # result.output, result.manifest
 
 :func:`build` checks everything and writes a plan into a workspace; it merges nothing. :func:`run` does what the plan
-says. :func:`open_store` opens the zarr hierarchy that stands for one model in the workspace. Whatever goes wrong on
-purpose is a :class:`mergepipe.errors.MergepipeError`.
+says. :func:`add_model` plans one more model onto a finished merge that allows it. :func:`open_store` opens the zarr
+hierarchy that stands for one model in the workspace. Whatever goes wrong on purpose is a
+:class:`mergepipe.errors.MergepipeError`.
 
 The layers below, each in a folder of its own at the top of the repository, import downwards only::
 
@@ -30,15 +31,17 @@ from typing import TYPE_CHECKING, Any
 from mergepipe import errors
 
 if TYPE_CHECKING:
+    from mergepipe.pipeline.add import add_model
     from mergepipe.pipeline.build import build
     from mergepipe.pipeline.run import run
     from mergepipe.storage.virtual import open_store
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build", "errors", "open_store", "run"]
+__all__ = ["__version__", "add_model", "build", "errors", "open_store", "run"]
 
 _HOME = {
+    "add_model": "mergepipe.pipeline.add",
     "build": "mergepipe.pipeline.build",
     "run": "mergepipe.pipeline.run",
     "open_store": "mergepipe.storage.virtual",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.method import MergeMethod, Paper, Parameter
+from mergepipe.tasks.subspace import post
 
 METHOD = MergeMethod(
     name="task_arithmetic",
@@ -19,8 +20,10 @@ METHOD = MergeMethod(
         Parameter("density", "number", "mergekit ignores it too", default=1.0, per_model=True, without_effect=True),
         Parameter("rescale", "flag", "mergekit ignores it too", default=False, without_effect=True),
         family.INT8_MASK,
+        *post.PARAMETERS,
     ),
     kernel=family.apply,
+    matrix=post.CALIBRATED,
     stored=family.stored,
     reductions=family.reductions,
     rounds=family.rounds,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.method import MergeMethod, Paper
 from mergepipe.tasks.sparsify import TRIM_PARAMETERS
+from mergepipe.tasks.subspace import post
 
 METHOD = MergeMethod(
     name="ties",
@@ -23,8 +24,10 @@ METHOD = MergeMethod(
         family.normalize(True),
         family.consensus("sum"),
         family.INT8_MASK,
+        *post.PARAMETERS,
     ),
     kernel=family.apply,
+    matrix=post.CALIBRATED,
     stored=family.stored,
     reductions=family.reductions,
     rounds=family.rounds,

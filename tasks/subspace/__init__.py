@@ -1,8 +1,11 @@
 """Methods that look at a whole matrix: singular vectors of task vectors, aligned and put together again.
 
-Every method here ends in two thin factors, ``update = left @ right.T``, whose rows are then added to the base panel by
-panel. On the way there it never holds a task vector: it asks for *panels*, float64 runs of whole rows, as often as it
-needs them (:mod:`mergepipe.tasks.subspace.panels`).
+Nearly every method here ends in two thin factors, ``update = left @ right.T``, whose rows are then added to the base
+panel by panel. On the way there it never holds a task vector: it asks for *panels*, float64 runs of whole rows, as
+often as it needs them (:mod:`mergepipe.tasks.subspace.panels`). OPCM is the exception: it holds the merge so far, one
+matrix in the working type, and puts one task vector after another into it
+(:mod:`mergepipe.tasks.subspace.sequential`). Methods that know nothing of matrices can have what they merge
+calibrated (:mod:`mergepipe.tasks.subspace.post`).
 
     panels of task vector t ─► factor t ─► … ─► solve ─► left, right ─► rows of the output
 

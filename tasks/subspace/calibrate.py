@@ -41,13 +41,22 @@ def calibrate(
     second, lower = torch.linalg.qr(right)
     turn, values, back = torch.linalg.svd(upper @ lower.T)
     first, second = first @ turn, second @ back.T
+    return first * calibrated(first, values, second, sources, alpha), second
+
+
+def calibrated(
+    first: torch.Tensor, values: torch.Tensor, second: torch.Tensor, sources: Sequence[Panels], alpha: float
+) -> torch.Tensor:
+    """The singular values of ``first @ diag(values) @ second.T``, calibrated."""
+    import torch
+
     total = torch.zeros_like(values)
     for source in sources:
         along = transposed_times(source, first)
         square = (along * along).sum(0)
         overlap = torch.where(square > 0, values * (second * along).sum(0) / square, 0.0)
         total += overlap.clamp(min=alpha)
-    return first * (values * len(sources) / total), second
+    return values * len(sources) / total
 
 
 def calibrate_floats(shape: tuple[int, int], count: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mergepipe.tasks.method import Job
 from mergepipe.tasks.subspace.declare import matrix_shape
 from mergepipe.tasks.subspace.frames import Frame, frame_floats, nearest
-from mergepipe.tasks.subspace.panels import Panels
+from mergepipe.tasks.subspace.panels import Sources
 from mergepipe.tasks.subspace.route import resolve_rank, route
 from mergepipe.tasks.subspace.solver import PerTask, per_task_floats, recombine
 
@@ -42,7 +42,7 @@ def peak(job: Job) -> int:
     return per_task_floats(job, rank, solving)
 
 
-def start(job: Job, sources: Sequence[Panels], device: str) -> Consistent:
+def start(job: Job, sources: Sources, device: str) -> Consistent:
     """A solver that has done nothing yet."""
     return Consistent(job, sources, device, rank_of(job))
 

@@ -7,14 +7,13 @@ values back between a left and a right frame: ``update = lambda * frame(U) diag(
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.tasks.method import Job
 from mergepipe.tasks.subspace.declare import matrix_shape
 from mergepipe.tasks.subspace.frames import Frame, Target, frame_floats, nearest
-from mergepipe.tasks.subspace.panels import Panels
+from mergepipe.tasks.subspace.panels import Sources
 from mergepipe.tasks.subspace.route import resolve_rank, route
 from mergepipe.tasks.subspace.solver import PerTask, per_task_floats, recombine
 
@@ -64,7 +63,7 @@ def peak(job: Job) -> int:
     return per_task_floats(job, rank, solving)
 
 
-def start(job: Job, sources: Sequence[Panels], device: str) -> Directional:
+def start(job: Job, sources: Sources, device: str) -> Directional:
     """A solver that has done nothing yet."""
     return Directional(job, sources, device, rank_of(job))
 

@@ -9,14 +9,13 @@ orthonormal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mergepipe.tasks.method import Job
 from mergepipe.tasks.subspace.declare import matrix_shape
 from mergepipe.tasks.subspace.factor import Factors
 from mergepipe.tasks.subspace.frames import Frame, frame_floats, nearest
-from mergepipe.tasks.subspace.panels import Made, Panels, Span, panel_floats, total, transposed_times
+from mergepipe.tasks.subspace.panels import Made, Panels, Sources, Span, panel_floats, total, transposed_times
 from mergepipe.tasks.subspace.route import factor_floats, route
 from mergepipe.tasks.subspace.solver import HELD_PANELS, LowRank, recombine
 
@@ -36,7 +35,7 @@ def flat_peak(job: Job) -> int:
     return factoring + (HELD_PANELS + 1) * panel_floats(shape)
 
 
-def start_flat(job: Job, sources: Sequence[Panels], device: str) -> Flat:
+def start_flat(job: Job, sources: Sources, device: str) -> Flat:
     """A solver of Iso-C."""
     return Flat(job, sources, device)
 
@@ -93,7 +92,7 @@ def common_peak(job: Job) -> int:
     return kept + (HELD_PANELS + 1) * panel_floats(shape) + factoring
 
 
-def start_common(job: Job, sources: Sequence[Panels], device: str) -> Common:
+def start_common(job: Job, sources: Sources, device: str) -> Common:
     """A solver of Iso-CTS."""
     return Common(job, sources, device)
 
@@ -101,7 +100,7 @@ def start_common(job: Job, sources: Sequence[Panels], device: str) -> Common:
 class Common(LowRank):
     """Solver of Iso-CTS."""
 
-    def __init__(self, job: Job, sources: Sequence[Panels], device: str) -> None:
+    def __init__(self, job: Job, sources: Sources, device: str) -> None:
         super().__init__(job, sources, device)
         self.common, self.each = split(min(self.shape), job.models, float(job.params["common_fraction"]))
         count = min(self.shape)

@@ -96,6 +96,29 @@ class Made:
         return self.make(span)
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What a solver can read, each as often as it likes; nothing is made before it is asked for.
+
+    Attributes
+    ----------
+    thinned : tuple of Panels
+        The task vectors after their sparsifier, in recipe order.
+    plain : tuple of Panels
+        The task vectors as they are.
+    merged : Panels or None
+        What the method's own kernel makes of the thinned ones, at `lambda` 1 and without the base; for a method that
+        asks for it (:attr:`mergepipe.tasks.method.WholeMatrix.merges`).
+    carried : Panels or None
+        What an earlier merge carried over.
+    """
+
+    thinned: tuple[Panels, ...]
+    plain: tuple[Panels, ...]
+    merged: Panels | None = None
+    carried: Panels | None = None
+
+
 def total(parts: Sequence[Panels]) -> Panels:
     """The sum of matrices of one shape, added up in order."""
 

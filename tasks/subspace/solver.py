@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +13,7 @@ from mergepipe.tasks.subspace.calibrate import calibrate, calibrate_floats
 from mergepipe.tasks.subspace.declare import matrix_shape
 from mergepipe.tasks.subspace.factor import Factors, factorize
 from mergepipe.tasks.subspace.frames import Frame
-from mergepipe.tasks.subspace.panels import Panels, Span, multiply_rows, panel_floats
+from mergepipe.tasks.subspace.panels import Panels, Sources, Span, multiply_rows, panel_floats
 from mergepipe.tasks.subspace.route import ROUTES, factor_floats, factor_route, route
 
 if TYPE_CHECKING:
@@ -30,18 +29,18 @@ class LowRank(ABC):
     Parameters
     ----------
     job : Job
-    sources : sequence of Panels
-        The thinned task vectors, in recipe order.
+    sources : Sources
     device : str
         As torch names it.
     """
 
-    def __init__(self, job: Job, sources: Sequence[Panels], device: str) -> None:
+    def __init__(self, job: Job, sources: Sources, device: str) -> None:
         import torch
 
         self.job = job
         self.shape = matrix_shape(job)
-        self.sources = tuple(sources)
+        self.sources = sources.thinned
+        self.originals = sources.plain
         self.like = torch.empty(0, dtype=torch.float64, device=device)
         self.svd = str(job.params["svd"])
         self.rtol = float(job.params["rtol"])
@@ -74,9 +73,9 @@ class LowRank(ABC):
         self.solve()
         alpha = self.job.params.get("svc")
         if alpha is not None:
-            self.left, self.right = calibrate(self.left, self.right, self.sources, float(alpha))
+            self.left, self.right = calibrate(self.left, self.right, self.originals, float(alpha))
         self.left *= float(self.job.params["lambda"])
-        self.sources = ()
+        self.sources = self.originals = ()
 
     def add_update(self, span: Span, out: Array) -> None:
         """Add rows `span` of the update to `out`, float64, shape (rows, columns)."""
@@ -123,7 +122,7 @@ class PerTask(LowRank):
 
     rank: int
 
-    def __init__(self, job: Job, sources: Sequence[Panels], device: str, rank: int) -> None:
+    def __init__(self, job: Job, sources: Sources, device: str, rank: int) -> None:
         super().__init__(job, sources, device)
         self.rank = rank
         count = rank * job.models

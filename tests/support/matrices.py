@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from mergepipe.tasks.method import State
-from mergepipe.tasks.subspace.panels import Made
+from mergepipe.tasks.method import Job, MergeMethod, State, Tile
+from mergepipe.tasks.subspace.panels import Made, Sources
 from support.drive import make_job
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
@@ -38,11 +39,12 @@ def solve(
     *,
     tensor: str = "layer.weight",
     device: str | None = None,
+    each: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Matrix, State]:
     """The update that a method makes of task vectors, and what it found out; on `DEVICE` unless one is named."""
     device = device or DEVICE
     shape = (deltas[0].shape[0], deltas[0].shape[1])
-    method, job = make_job(name, shape, np.float64, [{} for _ in deltas], params, tensor=tensor)
+    method, job = make_job(name, shape, np.float64, each or [{} for _ in deltas], params, tensor=tensor)
     matrix = method.whole(job)
     assert matrix is not None
     held = [torch.from_numpy(np.ascontiguousarray(delta)) for delta in deltas]
@@ -50,12 +52,26 @@ def solve(
     def panels(whole: torch.Tensor) -> Made:
         return Made(shape, lambda span: whole[span[0] : span[1]].to(device, copy=True))
 
-    solver = matrix.start(job, [panels(whole) for whole in held], device)
+    taus = tuple(panels(whole) for whole in held)
+    solver = matrix.start(job, Sources(taus, taus, merged=_merged(method, job, held)), device)
     for number in range(len(matrix.steps(job))):
         solver.step(number)
     update = np.zeros(shape)
     solver.add_update((0, shape[0]), update)
     return update, solver.findings()
+
+
+def _merged(method: MergeMethod, job: Job, deltas: Sequence[torch.Tensor]) -> Made | None:
+    """What the kernel makes of the task vectors."""
+    if not (method.matrix is not None and method.matrix.merges):
+        return None
+    stack = np.stack([delta.numpy().reshape(-1) for delta in deltas])
+    out = np.empty(stack.shape[1])
+    scratch = np.empty((method.scratch_rows, stack.shape[1]))
+    plain = replace(job, params={**job.params, "lambda": 1.0})
+    method.kernel(plain, {}, Tile(0, 0, np.zeros(stack.shape[1]), stack, scratch), out)
+    whole = torch.from_numpy(out.reshape(job.shape))
+    return Made((job.shape[0], job.shape[1]), lambda span: whole[span[0] : span[1]].clone())
 
 
 def polar(x: Matrix) -> Matrix:
@@ -163,3 +179,45 @@ def svc(update: Matrix, deltas: Sequence[Matrix], alpha: float) -> Matrix:
         scales.append(len(deltas) / sum(max(alpha, float(whole @ part / (part @ part))) for part in parts))
     result: Matrix = (left * values * scales) @ right
     return result
+
+
+def opcm(deltas: Sequence[Matrix], alpha: float = 0.5) -> Matrix:
+    """As it is published, with all of U and V, for one tensor and without the scaling."""
+    merged = deltas[0].copy()
+    for delta in deltas[1:]:
+        if delta.ndim != 2:
+            merged = merged + delta
+            continue
+        left, values, right = np.linalg.svd(merged, full_matrices=True)
+        inside = left.T @ delta @ right.T
+        rank = int((np.cumsum(values) / values.sum() > alpha).argmax())
+        np.fill_diagonal(inside, 0)
+        inside[:rank, :rank] = 0
+        merged = merged + left @ inside @ right
+    return merged
+
+
+def opcm_model(
+    base: Mapping[str, Matrix],
+    experts: Sequence[Mapping[str, Matrix]],
+    alpha: float = 0.5,
+    lam: float = 1.0,
+    exclude: Sequence[str] = ("embed_tokens", "lm_head"),
+) -> dict[str, Matrix]:
+    """The whole model, scaled after each step as published: the norm of the merge is the mean norm so far."""
+    taus = [{name: expert[name] - below for name, below in base.items()} for expert in experts]
+
+    def norm(update: Mapping[str, Matrix]) -> float:
+        return float(np.sqrt(sum((part**2).sum() for part in update.values())))
+
+    merged, before = taus[0], 1.0
+    for t in range(1, len(taus)):
+        step = {}
+        for name, tau in taus[t].items():
+            plain = tau.ndim != 2 or tau.size == 0 or any(word in name for word in exclude)
+            clean = tau if plain else opcm([merged[name], tau], alpha) - merged[name]
+            step[name] = before * merged[name] + clean
+        wanted = float(np.mean([norm(tau) for tau in taus[: t + 1]]))
+        before = norm(step) / wanted
+        merged = {name: part / before for name, part in step.items()}
+    return {name: below + lam * merged[name] for name, below in base.items()}

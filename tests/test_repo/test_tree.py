@@ -114,5 +114,5 @@ def test_public_names_are_there() -> None:
     for name in mergepipe.__all__:
         assert getattr(mergepipe, name) is not None
         assert name in dir(mergepipe)
-    with pytest.raises(AttributeError, match="it has __version__, build"):
+    with pytest.raises(AttributeError, match="it has __version__, add_model"):
         _ = mergepipe.biuld

@@ -48,7 +48,7 @@ def measured(folder: Path, shape: tuple[int, int], method: str, memory: str, mod
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(640, 2048), (2048, 640)], ids=str)
-@pytest.mark.parametrize("method", ["mda", "iso_c", "iso_cts", "dc_merge"])
+@pytest.mark.parametrize("method", ["mda", "iso_c", "iso_cts", "dc_merge", "opcm"])
 def test_peak_is_below_what_was_projected(tmp_path: Path, method: str, shape: tuple[int, int]) -> None:
     projected, peak = measured(tmp_path, shape, method, "2GiB")
     assert peak <= projected

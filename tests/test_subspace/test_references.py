@@ -48,11 +48,15 @@ def test_reference(case: str, shape: tuple[int, int], svd: str) -> None:
 
 
 @pytest.mark.parametrize("models", [1, 2, 5])
-@pytest.mark.parametrize("name", ["mda", "tsv_m", "iso_c", "iso_cts", "dc_merge"])
+@pytest.mark.parametrize("name", ["mda", "tsv_m", "iso_c", "iso_cts", "dc_merge", "opcm"])
 def test_any_number_of_models(name: str, models: int) -> None:
-    reference = {"mda": whole.mda, "tsv_m": whole.tsv_m, "iso_c": whole.iso_c, "iso_cts": whole.iso_cts}.get(
-        name, whole.dc_merge
-    )
+    reference = {
+        "mda": whole.mda,
+        "tsv_m": whole.tsv_m,
+        "iso_c": whole.iso_c,
+        "iso_cts": whole.iso_cts,
+        "opcm": whole.opcm,
+    }.get(name, whole.dc_merge)
     deltas = random_deltas(20, 31, models)
     expected = reference(deltas)
     assert np.linalg.norm(solve(name, deltas)[0] - expected) <= 1e-10 * np.linalg.norm(expected)
@@ -100,7 +104,7 @@ def test_randomized_leaves_higher_ranks_to_the_exact_route() -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("svd", ["full", "gram"])
-@pytest.mark.parametrize("name", ["mda", "tsv_m", "iso_c", "iso_cts", "dc_merge"])
+@pytest.mark.parametrize("name", ["mda", "tsv_m", "iso_c", "iso_cts", "dc_merge", "opcm"])
 def test_cuda_agrees_with_the_cpu(name: str, svd: str) -> None:
     deltas = random_deltas(48, 80, 3)
     on_cpu, _ = solve(name, deltas, {"svd": svd}, device="cpu")
@@ -116,6 +120,69 @@ def test_calibrated_singular_values(name: str, alpha: float, svd: str) -> None:
     expected = whole.svc(getattr(whole, name)(deltas), deltas, alpha)
     update, _ = solve(name, deltas, {"svc": alpha, "svd": svd})
     assert np.linalg.norm(update - expected) <= 1e-8 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("shape", [(21, 30), (30, 21)], ids=str)
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+@pytest.mark.parametrize("lam", [1.0, 0.3])
+def test_calibrated_sums(shape: tuple[int, int], alpha: float, lam: float) -> None:
+    """Of what task arithmetic adds up, weights included, and scaled by lambda afterwards."""
+    deltas, weights = random_deltas(*shape, 3), (0.3, 0.5, -0.2)
+    total = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+    expected = lam * whole.svc(np.asarray(total), deltas, alpha)
+    update, found = solve(
+        "task_arithmetic", deltas, {"svc": alpha, "lambda": lam}, each=[{"weight": weight} for weight in weights]
+    )
+    assert np.linalg.norm(update - expected) <= 1e-8 * np.linalg.norm(expected)
+    assert found["subspace_lost"][0] == 0
+
+
+@pytest.mark.parametrize("shape", [(21, 30), (30, 21), (25, 25)], ids=str)
+@pytest.mark.parametrize("svd", ["full", "gram"])
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.95])
+def test_opcm(shape: tuple[int, int], svd: str, alpha: float) -> None:
+    deltas = random_deltas(*shape, 4)
+    update, found = solve("opcm", deltas, {"alpha": alpha, "svd": svd})
+    np.testing.assert_allclose(update, whole.opcm(deltas, alpha), atol=1e-9)
+    assert found["subspace_ranks"].tolist() == [0, *[min(shape)] * 3]
+    squares = [(delta**2).sum() for delta in deltas]
+    np.testing.assert_allclose(found["task_squares"], squares, rtol=1e-12)
+    np.testing.assert_allclose(found["merged_square"], [(update**2).sum()], rtol=1e-12)
+
+
+@pytest.mark.parametrize("svd", ["full", "gram"])
+def test_opcm_onto_a_merge_of_low_rank(svd: str) -> None:
+    """As a merged adapter leaves it: only directions that are there are closed, by every route the same."""
+    first, second = random_deltas(20, 33, 1, rank=4)[0], random_deltas(20, 33, 1, seed=1)[0]
+    update, found = solve("opcm", [first, second], {"svd": svd})
+    left, values, right = (part[..., :4] for part in _thin_svd(first))
+    inside = left.T @ second @ right
+    rank = int((np.cumsum(values) / values.sum() > 0.5).argmax())
+    mask = np.eye(4, dtype=bool) | (np.arange(4) < min(rank, 4))[:, None] & (np.arange(4) < rank)
+    np.testing.assert_allclose(update, first + second - left @ np.where(mask, inside, 0) @ right.T, atol=1e-8)
+    assert found["subspace_lost"][0] == 16
+
+
+def _thin_svd(x: whole.Matrix) -> tuple[whole.Matrix, whole.Matrix, whole.Matrix]:
+    left, values, right = np.linalg.svd(x, full_matrices=False)
+    return left, values, right.T
+
+
+@pytest.mark.parametrize("svd", ["full", "gram"])
+def test_opcm_cleans_a_model_of_what_is_there(svd: str) -> None:
+    """A model seen before adds nothing, nor does a multiple of it; one that is orthogonal is added whole."""
+    first, second = random_deltas(18, 30, 2)
+    np.testing.assert_allclose(solve("opcm", [first, first.copy()], {"svd": svd})[0], first, atol=1e-8)
+    np.testing.assert_allclose(solve("opcm", [first, -3 * first], {"svd": svd})[0], first, atol=1e-8)
+    left, _, right = np.linalg.svd(first, full_matrices=False)
+    apart = second - second @ right.T @ right
+    np.testing.assert_allclose(solve("opcm", [first, apart], {"svd": svd})[0], first + apart, atol=1e-8)
+    # What was added lies outside the directions that were closed.
+    rank = int(solve("opcm", [first, second], {"svd": svd})[1]["subspace_protected"][1])
+    added = left.T @ (solve("opcm", [first, second], {"svd": svd})[0] - first) @ right.T
+    assert rank > 0
+    np.testing.assert_allclose(np.diag(added), 0, atol=1e-8)
+    np.testing.assert_allclose(added[:rank, :rank], 0, atol=1e-8)
 
 
 def test_calibration_of_one_task_changes_nothing() -> None:

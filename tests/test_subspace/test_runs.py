@@ -114,7 +114,7 @@ def _double(folder: Path, name: str) -> tuple[Any, list[Any]]:
     return base, [tensors(folder / f"expert-{number}")[name] - base for number in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("name", ["mda", "tsv_m", "iso_c", "iso_cts", "dc_merge"])
+@pytest.mark.parametrize("name", ["mda", "tsv_m", "iso_c", "iso_cts", "dc_merge", "opcm"])
 def test_nothing_about_the_run_changes_a_byte(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path, merge_method=name, parameters={"svd": "gram"})
     mergepipe.run(build(folder), workers=1, reader="mmap")
@@ -282,3 +282,34 @@ def test_torch_keeps_its_threads(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties"])
+def test_calibrated_after_the_merge(tmp_path: Path, name: str) -> None:
+    """`svc` takes what the method merges, thinned or not, against the task vectors as they are."""
+    given = {"svc": 0.1, "weight": 0.4} | ({"density": 0.5} if name == "ties" else {})
+    folder = write(tmp_path, np.float32, merge_method=name, parameters={**given, "lambda": 0.9})
+    result = mergepipe.run(build(folder))
+    merged = tensors(folder / "merged")
+    for tensor in SHAPES:
+        base, deltas = task_vectors(folder, tensor)
+        update = np.mean(deltas, 0) * 3 * 0.4
+        if name == "ties":
+            thinned = [reference.magnitude(delta, 0.5) for delta in deltas]
+            update = reference.task_vectors(np.zeros_like(base), thinned, [0.4] * 3, "sum", True)
+        if base.ndim == 2 and "embed" not in tensor and "head" not in tensor:
+            update = whole.svc(update, deltas, 0.1)
+        np.testing.assert_allclose(merged[tensor], base + 0.9 * update, rtol=1e-5, atol=2e-6, err_msg=tensor)
+    assert sorted(whole_matrices(result.manifest)) == sorted(
+        n for n in SHAPES if n.endswith(("up.weight", "down.weight"))
+    )
+
+
+def test_calibration_changes_no_byte_of_what_it_leaves_alone(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", merge_method="task_arithmetic", parameters={"weight": 0.4})
+    mergepipe.run(build(plain))
+    chosen = {"weight": 0.4, "svc": 0.1, "svc_exclude": ["."]}
+    left = write(tmp_path / "left", merge_method="task_arithmetic", parameters=chosen)
+    mergepipe.run(build(left))
+    before, after = tensors(plain / "merged"), tensors(left / "merged")
+    assert all(before[name].tobytes() == after[name].tobytes() for name in SHAPES)
