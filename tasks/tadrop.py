@@ -136,9 +136,11 @@ def _decide(job: Job, state: State) -> State:
             continue
         rate = rates[k] = drop_rate(params, metric[k]) if np.isnan(keep[k]) else 1 - keep[k]
         dropped = min(job.size - 1, math.floor(rate * job.size + 1e-6))
+        if dropped <= 0:
+            continue  # less than one element: nothing is dropped, at random neither, and nothing is to be made up for
         if params["drop"] == "random":
             limits[k] = math.floor((1 - rate) * 2**32)
-        elif dropped > 0:
+        else:
             wanted[k] = dropped
         if _rescale(params) == "inverse_keep" and rate < 1:
             factors[k] = 1 / (1 - rate)
@@ -174,7 +176,15 @@ def _by_slice(job: Job) -> bool:
     return asked == {True} and slices.is_stack(job)
 
 
+def _check_quantiles(job: Job) -> None:
+    for params in job.sparsify_params:
+        if params["metric"] == "quantile_ratio" and params["q_lo"] > params["q_hi"]:
+            message = f"is above q_hi ({params['q_lo']} and {params['q_hi']}): their ratio would be no density"
+            raise RecipeError([Fault("$.sparsify.q_lo", message)])
+
+
 def _reductions(job: Job) -> tuple[Reduction, ...]:
+    _check_quantiles(job)
     if not _by_slice(job):
         return _of_one(job)
     return tuple(slices.PerSlice(reduction) for reduction in _of_one(slices.slice_job(job)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergepipe.tasks.method import MergeMethod, Paper, Parameter, WholeMatrix
 from mergepipe.tasks.subspace import consistent, directional
-from mergepipe.tasks.subspace.declare import EXCLUDE, LAMBDA, RANK, RTOL, SVC, SVD, add_mean, is_matrix, reductions
+from mergepipe.tasks.subspace.declare import LAMBDA, RANK, RTOL, SELECTION, SVC, SVD, add_mean, is_matrix, reductions
 
 METHOD = MergeMethod(
     name="dc_merge",
@@ -26,7 +26,7 @@ METHOD = MergeMethod(
         ),
         RTOL, SVC,
         SVD,
-        EXCLUDE,
+        *SELECTION,
     ),
     kernel=add_mean,
     reductions=reductions,

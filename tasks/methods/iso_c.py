@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergepipe.tasks.method import MergeMethod, Paper, WholeMatrix
 from mergepipe.tasks.subspace import isotropic
-from mergepipe.tasks.subspace.declare import EXACT_SVD, EXCLUDE, LAMBDA, RTOL, add_mean, is_matrix, reductions
+from mergepipe.tasks.subspace.declare import EXACT_SVD, LAMBDA, RTOL, SELECTION, add_mean, is_matrix, reductions
 
 METHOD = MergeMethod(
     name="iso_c",
@@ -12,7 +12,7 @@ METHOD = MergeMethod(
     summary="gives all singular values of the summed task vector their mean",
     base="required",
     space="deltas",
-    parameters=(LAMBDA, RTOL, EXACT_SVD, EXCLUDE),
+    parameters=(LAMBDA, RTOL, EXACT_SVD, *SELECTION),
     kernel=add_mean,
     reductions=reductions,
     matrix=WholeMatrix(is_matrix, isotropic.flat_steps, isotropic.start_flat, isotropic.flat_peak),

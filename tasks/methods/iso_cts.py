@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergepipe.tasks.method import MergeMethod, Paper, Parameter, WholeMatrix
 from mergepipe.tasks.subspace import isotropic
-from mergepipe.tasks.subspace.declare import EXACT_SVD, EXCLUDE, LAMBDA, RTOL, add_mean, is_matrix, reductions
+from mergepipe.tasks.subspace.declare import EXACT_SVD, LAMBDA, RTOL, SELECTION, add_mean, is_matrix, reductions
 
 METHOD = MergeMethod(
     name="iso_cts",
@@ -20,7 +20,7 @@ METHOD = MergeMethod(
         ),
         RTOL,
         EXACT_SVD,
-        EXCLUDE,
+        *SELECTION,
     ),
     kernel=add_mean,
     reductions=reductions,

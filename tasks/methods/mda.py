@@ -5,11 +5,11 @@ from __future__ import annotations
 from mergepipe.tasks.method import MergeMethod, Paper, Parameter, WholeMatrix
 from mergepipe.tasks.subspace import directional
 from mergepipe.tasks.subspace.declare import (
-    EXCLUDE,
     LAMBDA,
     RANK,
     RANK_CAP,
     RTOL,
+    SELECTION,
     SVC,
     SVD,
     add_mean,
@@ -43,7 +43,7 @@ METHOD = MergeMethod(
         ),
         RTOL, SVC,
         SVD,
-        EXCLUDE,
+        *SELECTION,
         Parameter("other_tensors", "choice", "what all other tensors get", default="mean", choices=("mean",)),
     ),
     kernel=add_mean,

@@ -21,6 +21,7 @@ METHOD = MergeMethod(
         ),
         RTOL,
         EXACT_SVD,
+        Parameter("include", "patterns", "matrices to project; if empty, all that are not excluded", default=()),
         Parameter(
             "exclude", "patterns", "matrices that are added up without a projection, as all other tensors are",
             default=("embed_tokens", "lm_head"),

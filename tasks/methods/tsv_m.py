@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergepipe.tasks.method import MergeMethod, Paper, WholeMatrix
 from mergepipe.tasks.subspace import directional
-from mergepipe.tasks.subspace.declare import EXCLUDE, LAMBDA, RANK, RTOL, SVC, SVD, add_mean, is_matrix, reductions
+from mergepipe.tasks.subspace.declare import LAMBDA, RANK, RTOL, SELECTION, SVC, SVD, add_mean, is_matrix, reductions
 
 METHOD = MergeMethod(
     name="tsv_m",
@@ -12,7 +12,7 @@ METHOD = MergeMethod(
     summary="makes the task vectors' leading singular vectors orthonormal to each other, then adds them up",
     base="required",
     space="deltas",
-    parameters=(LAMBDA, RANK, RTOL, SVC, SVD, EXCLUDE),
+    parameters=(LAMBDA, RANK, RTOL, SVC, SVD, *SELECTION),
     kernel=add_mean,
     reductions=reductions,
     matrix=WholeMatrix(is_matrix, directional.steps, directional.start, directional.peak),

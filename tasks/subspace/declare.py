@@ -26,10 +26,17 @@ EXACT_SVD = Parameter(
     "svd", "choice", "exact: whole up to 4,194,304 elements, by Gram matrices beyond; full, gram: always so",
     default="exact", choices=("exact", "full", "gram"),
 )  # fmt: skip
+INCLUDE = Parameter("include", "patterns", "tensors to work on; if empty, all that are not excluded", default=())
 EXCLUDE = Parameter(
-    "exclude", "patterns", "tensors that get the mean of the task vectors instead",
-    default=("embed_tokens", "lm_head"),
+    "exclude", "patterns", "tensors that are not worked on as matrices", default=("embed_tokens", "lm_head")
+)
+EXCLUDED_FROM = Parameter(
+    "excluded_from", "choice", "what these take: the base and the mean of the task vectors, or the base alone",
+    default="average", choices=("average", "base"),
 )  # fmt: skip
+SELECTION = (INCLUDE, EXCLUDE, EXCLUDED_FROM)
+"""What a method declares that lets tensors be left out."""
+
 SVC = Parameter(
     "svc", "number",
     "calibrate the merged singular values to the task vectors' shares in them, counting those below this as this; not "
@@ -48,7 +55,9 @@ def is_matrix(job: Job) -> bool:
 
 
 def _excluded(job: Job) -> bool:
-    return any(re.search(pattern, job.name) for pattern in job.params["exclude"])
+    include = job.params.get("include", ())
+    outside = bool(include) and not any(re.search(pattern, job.name) for pattern in include)
+    return outside or any(re.search(pattern, job.name) for pattern in job.params["exclude"])
 
 
 def matrix_shape(job: Job) -> tuple[int, int]:
@@ -63,8 +72,11 @@ def reductions(job: Job) -> tuple[Reduction, ...]:
 
 
 def add_mean(job: Job, state: State, tile: Tile, out: Array) -> None:
-    """The kernel for all other tensors: base + lambda * mean of the thinned task vectors."""
+    """The kernel for all other tensors: base + lambda * mean of the thinned task vectors; or the base."""
     assert tile.base is not None
+    if job.params["excluded_from"] == "base" and _excluded(job):
+        out[:] = tile.base
+        return
     thin(job, state, tile)
     weights = np.ones(job.models, job.work)
     kernels.sum_many(tile.values, weights, float(job.models), out)

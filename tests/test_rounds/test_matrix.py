@@ -36,6 +36,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {},
         {"target_density": 0.4, "calibrate_scope": "all", "tie_rule": "index"},
         {"metric": "l1l2", "drop": "random", "rescale": "none"},
+        {"metric": "participation", "rescale": "l1", "tie_rule": "index"},
+        {"metric": "hoyer", "rescale": "l2", "unstack_3d": True},
+        {"drop": "random", "s_offset": 0.3},
+        {"metric": "hoyer", "drop": "random", "rescale": "l2"},
+        {"target_density": 0.5, "calibrate_scope": "task", "unstack_3d": True, "rescale": "inverse_keep"},
+        {"target_density": 0.5, "drop": "random", "metric": "l1l2", "rescale": "l1"},
+        {"include": ["experts", "up"], "exclude": ["up"], "q_lo": 0.25, "q_hi": 0.75},
     ]
 }
 

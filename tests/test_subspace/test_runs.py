@@ -305,6 +305,21 @@ def test_calibrated_after_the_merge(tmp_path: Path, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["mda", "iso_c"])
+def test_what_is_left_out_takes_the_mean_or_the_base(tmp_path: Path, name: str) -> None:
+    chosen = {"include": ["down", "lm_head"], "exclude": ["lm_head"]}
+    for kind in ("average", "base"):
+        folder = write(tmp_path / kind, np.float32, merge_method=name, parameters={**chosen, "excluded_from": kind})
+        result = mergepipe.run(build(folder))
+        assert list(result.manifest["matrices"]) == ["model.layers.0.down.weight"]
+        merged = tensors(folder / "merged")
+        for tensor in SHAPES:
+            base, deltas = task_vectors(folder, tensor)
+            mean = base + (np.mean(deltas, 0) if kind == "average" else 0)
+            assert ("down" in tensor) != np.allclose(merged[tensor], mean, rtol=1e-6, atol=1e-7)
+            assert kind == "average" or "down" in tensor or merged[tensor].tobytes() == base.astype("f4").tobytes()
+
+
 def test_calibration_changes_no_byte_of_what_it_leaves_alone(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain", merge_method="task_arithmetic", parameters={"weight": 0.4})
     mergepipe.run(build(plain))

@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mergepipe.errors import RecipeError
 from mergepipe.tasks.method import Array
 from support import reference
 from support.drive import Merged, merge
 
 VECTOR = np.array([[-11, -8, -5, -2, 1], [-4, 0, 4, 8, -11], [3, 8, -10, -5, 0], [10, -7, -1, 5, 11]]) / 128
 KEPT = np.array([[-11, -8, -5, 0, 0], [0, 0, 0, 8, -11], [0, 8, -10, -5, 0], [10, -7, 0, 5, 11]]) / 128
+METRICS = ("quantile_ratio", "l1l2", "participation", "hoyer")
 LONG = (3, 50_000)  # three blocks
 
 
@@ -131,24 +133,66 @@ def test_uniform_rate_equals_magnitude() -> None:
     np.testing.assert_array_equal(rate, thinned(delta, "magnitude", density=0.25)[0])
 
 
-def test_scale_sign_and_permutation() -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_scale_sign_and_permutation(metric: str) -> None:
     rng = np.random.default_rng(2)
     delta = rng.normal(size=1001).astype("f4")
-    out, merged = thinned(delta)
-    scaled, other = thinned(delta * 0.125)
+    out, merged = thinned(delta, metric=metric)
+    scaled, other = thinned(delta * 0.125, metric=metric)
     np.testing.assert_array_equal(scaled, out * 0.125)
     assert other.state["metric"] == merged.state["metric"]
-    np.testing.assert_array_equal(thinned(-delta)[0], -out)
+    np.testing.assert_array_equal(thinned(-delta, metric=metric)[0], -out)
     order = rng.permutation(1001)
-    np.testing.assert_array_equal(thinned(delta[order])[0], out[order])
+    np.testing.assert_array_equal(thinned(delta[order], metric=metric)[0], out[order])
 
 
-def test_masks_are_nested() -> None:
+@pytest.mark.parametrize("drop", ["magnitude", "random"])
+def test_masks_are_nested(drop: str) -> None:
     delta = np.random.default_rng(3).normal(size=500)
-    masks = [thinned(delta, s_slope=0.0, s_offset=c)[0] != 0 for c in (0.0, 0.2, 0.5, 0.9, 1.0)]
+    masks = [thinned(delta, s_slope=0.0, s_offset=c, drop=drop)[0] != 0 for c in (0.0, 0.2, 0.5, 0.9, 1.0)]
     for wider, narrower in pairwise(masks):
         assert not (narrower & ~wider).any()
-    assert masks[-1].sum() == 5  # s_cap
+    assert masks[-1].sum() == 5 or drop == "random"  # s_cap
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("gaussian", (0.344, 0.798, 0.636, 0.798)),
+        ("laplace", (0.232, 0.707, 0.500, 0.707)),
+        ("uniform", (0.526, 0.866, 0.750, 0.866)),
+        ("student", (0.241, 0.637, 0.405, 0.636)),
+        ("sparse", (0.0, 0.504, 0.254, 0.504)),
+    ],
+)
+def test_densities_of_known_distributions(kind: str, expected: tuple[float, ...]) -> None:
+    """The specification's table, all metrics at once: the more alike the magnitudes, the denser."""
+    rng, n = np.random.default_rng(8), 400_000
+    draw = {"gaussian": rng.normal, "laplace": rng.laplace, "uniform": lambda size: rng.uniform(-1, 1, size)}.get(kind)
+    values = draw(size=n) if draw else rng.standard_t(3, n) if kind == "student" else rng.normal(size=n)
+    values *= 1 if kind != "sparse" else rng.random(n) >= 0.6
+    delta = values.astype("f4")
+    each = [{"method": "tadrop", "metric": metric} for metric in METRICS]
+    base = np.zeros(n, "f4")
+    found = merge("task_arithmetic", [delta] * 4, base, [{"weight": 1}] * 4, sparsify=each).state["metric"]
+    np.testing.assert_allclose(found, expected, atol=0.02 if kind == "student" else 0.004)
+
+
+@pytest.mark.parametrize("drop", ["magnitude", "random"])
+def test_less_than_one_element_is_none(drop: str) -> None:
+    """Rates of up to 0.99 of one element, or of 0.24 of four: nothing goes, and nothing is made up for."""
+    for delta, rate in ((np.array([0.5]), 0.99), (np.array([1.0, -2.0, 3.0, 4.0]), 0.24)):
+        for seed in range(20):
+            out, merged = thinned(
+                delta, drop=drop, rescale="inverse_keep", s_slope=0.0, s_offset=rate, seed=seed, work="f8"
+            )
+            np.testing.assert_array_equal(out, delta)
+        assert merged.state["densities"][0] == 1
+
+
+def test_quantiles_the_wrong_way_round() -> None:
+    with pytest.raises(RecipeError, match=r"q_lo.*is above q_hi \(0.9 and 0.2\)"):
+        thinned(VECTOR, q_lo=0.9, q_hi=0.2)
 
 
 @pytest.mark.parametrize("rescale", ["l1", "l2"])
