@@ -145,6 +145,9 @@ def _check_output(folder: Path, report: Report) -> None:
         names |= dict.fromkeys(_check_shard(path, shard, report), shard["file"])
     if len(record.get("shards", ())) > 1:
         _check_index(folder / INDEX_NAME, names, record, report)
+    kept = folder / outputs.CARRIED_FOLDER
+    if (kept / outputs.MANIFEST_NAME).is_file():  # removed where no model is to be added any more
+        _check_output(kept, report)
 
 
 def _check_shard(path: Path, shard: dict[str, Any], report: Report) -> list[str]:
