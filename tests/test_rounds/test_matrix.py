@@ -112,8 +112,10 @@ def test_a_sparsified_merge_is_a_merge_of_sparsified_models(
     if host in DRAWING or (count < 3 and sparsify.get("calibrate_scope") == "all"):
         return  # drawn, or calibrated, in another way
     expected = whole.merged(tmp_path / "before", base, models, {**document, "sparsify": "none"}, dtypes="float64")
+    # pcb divides by the sum of its weights: of an element at its floor nothing but last bits is left in either.
+    rtol = 1e-4 if host == "pcb" else 1e-7
     for name in base:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-7, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=rtol / 100, err_msg=name)
 
 
 @pytest.mark.parametrize("sparsifier", [name for name in SPARSIFIERS if name != "none"])

@@ -363,3 +363,39 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*arguments, "--quiet"]) == 0
     assert str(tmp_path / "three") in capsys.readouterr().out
     assert weights(tmp_path / "three") == expected
+
+
+def test_one_of_several_documents_and_with_diagnostics(tmp_path: Path) -> None:
+    """A merge of two stages may be read by another one, and be compared with its base; nothing is added to a chain."""
+    base, experts, paths = family(tmp_path, dtypes="float32")
+    models = [{"model": str(path)} for path in paths[1:3]]
+    one = {"name": "first", "merge_method": "opcm", "base_model": str(paths[0]), "models": models}
+    two = {
+        "merge_method": "opcm",
+        "base_model": str(paths[0]),
+        "models": [{"model": "first"}, {"model": str(paths[3])}],
+    }
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump_all([one, two]))
+    mergepipe.build(tmp_path / "chain.yaml", work=tmp_path / "w", out=tmp_path / "out", memory="3GiB")
+    result = mergepipe.run(tmp_path / "w", diagnostics=True)
+    inner = matrices.opcm_model(base, experts[:2])
+    expected = matrices.opcm_model(base, [inner, experts[2]])
+    for name, values in whole.read(result.output).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    found = result.manifest["tensors"]["layers.0.up.weight"]
+    assert found["route"] == "full"
+    assert found["change"]["norm"] > 0
+    assert verify(tmp_path / "w", full=True).damage == []
+    with pytest.raises(UsageError, match="several documents"):
+        mergepipe.add_model(tmp_path / "w", paths[2])
+
+
+def test_output_of_two_stages_can_be_moved_before_work_begins(tmp_path: Path) -> None:
+    _, _, paths = family(tmp_path)
+    expected = weights(merge(tmp_path, paths, "all"))
+    mergepipe.build(recipe(tmp_path, paths), work=tmp_path / "w", out=tmp_path / "first", memory="3GiB")
+    result = mergepipe.run(tmp_path / "w", out=tmp_path / "moved")
+    assert result.output == tmp_path / "moved"
+    assert weights(result.output) == expected
+    assert (tmp_path / "moved" / "opcm" / "model.safetensors").is_file()
+    assert not (tmp_path / "first").exists()
