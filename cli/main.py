@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "mergepipe.cli.inspect",
     "methods": "mergepipe.cli.methods",
     "materialize": "mergepipe.cli.materialize",
+    "stability": "mergepipe.cli.stability",
     "demo": "mergepipe.cli.demo",
 }
 """Command to the module whose `command` it is, in the order of the help."""
