@@ -1,0 +1,92 @@
+"""Every method and sparsifier has its page in docs/methods.md, and every recipe there is one that builds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import mergepipe
+from mergepipe.tasks.registry import METHODS, SPARSIFIERS
+from support.whole import family, write
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (8, 12),
+    "model.layers.0.mlp.up_proj.weight": (12, 9),
+    "model.layers.0.self_attn.q_proj.weight": (9, 12),
+    "model.norm.weight": (12,),
+}
+
+
+def sections() -> list[tuple[str, str]]:
+    """Headings of the third level under "Each ..." with what stands below them."""
+    found = []
+    for part in re.split(r"^## ", TEXT, flags=re.MULTILINE):
+        if part.startswith("Each "):
+            found += [section.partition("\n")[::2] for section in re.split(r"^### ", part, flags=re.MULTILINE)[1:]]
+    return found
+
+
+def page_of(name: str, *, sparsifier: bool) -> str:
+    """The page of a method, or of a sparsifier, of which two share their names with methods."""
+    after = False
+    for heading, text in sections():
+        after = after or heading == "`none`"
+        if f"`{name}`" in heading and after == sparsifier:
+            return text
+    raise AssertionError(f"docs/methods.md has no page for {name}")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_page(name: str) -> None:
+    page = page_of(name, sparsifier=False)
+    for what in ("**When**", "**Cost**", "**Parameters**", "**How sure**", "```yaml"):
+        assert what in page, f"the page of {name} lacks {what}"
+    specification = METHODS[name].specification
+    assert specification == "published" or specification in page
+    named = {parameter.name for parameter in METHODS[name].parameters if not parameter.without_effect}
+    listed = page.partition("**Parameters**")[2].partition("\n* **How sure**")[0]
+    others = {p.name for entry in (METHODS, SPARSIFIERS) for m in entry.values() for p in m.parameters} - named
+    shared = {p.name for heading, text in sections() if text == page for other in re.findall(r"`(\w+)`", heading)
+              for p in METHODS[other].parameters}  # fmt: skip
+    wrong = set(re.findall(r"`(\w+)[`:]", listed)) & (others - shared) - {"scope"}
+    assert not wrong, f"the page of {name} names parameters that it has not: {wrong}"
+
+
+@pytest.mark.parametrize("name", SPARSIFIERS)
+def test_every_sparsifier_has_its_page(name: str) -> None:
+    page = page_of(name, sparsifier=True)
+    assert "```yaml" in page
+    assert f"sparsify: {name}\n" in page or f"sparsify: {{method: {name}," in page
+    assert SPARSIFIERS[name].specification == "published" or SPARSIFIERS[name].specification in page
+
+
+RECIPES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models under the names that the recipes use."""
+    folder = tmp_path_factory.mktemp("models")
+    base, experts = family(5, models=5, shapes=SHAPES)
+    names = ("base", "expert-a", "expert-b", "expert-c", "instruct", "reasoning")
+    for name, model in zip(names, (base, *experts), strict=True):
+        write(folder / name, model)
+        assert all(np.isfinite(value).all() for value in model.values())
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(RECIPES)))
+def test_every_recipe_builds(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.chdir(models)
+    recipe: dict[str, Any] = yaml.safe_load(RECIPES[number])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPES[number])
+    plan = mergepipe.build(path, work=tmp_path / "work", out=tmp_path / "merged", memory="2GiB")
+    assert recipe["merge_method"] in METHODS
+    assert plan is not None
