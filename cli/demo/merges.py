@@ -22,15 +22,24 @@ from mergepipe.cli.demo.table import Report, Row
 from mergepipe.cli.demo.training import Family, Task, accuracy, head_of
 from mergepipe.pipeline.materialize import materialize
 from mergepipe.storage.checkpoint import open_checkpoint
+from mergepipe.tasks.registry import METHODS
 
 DENSITY = 0.2
 """What plain TIES keeps: the top fifth, as in its paper (mergekit's default keeps all)."""
 
-LAMBDAS = (0.2, 0.3, 0.4, 0.6, 0.8, 1.4)
+LAMBDAS = (0.2, 0.3, 0.4, 0.6, 1.4)
+FEWER_LAMBDAS = (0.3, 0.6)
 QUICK_LAMBDAS = (0.3,)
-"""Tried on validation data beside the default."""
+"""Tried on validation data beside the default; the fewer ones on all but the first two hosts."""
 
 DEFAULT_LAMBDA = 1.0
+
+QUICK_HOSTS = ("task_arithmetic", "ties")
+HOSTS = (*QUICK_HOSTS, "consensus", "pcb", "mda", "tsv_m", "iso_c", "emr_unified")
+"""Methods on task vectors that are shown as they are, after TADrop, and after its control."""
+
+QUANTILES = (0.9, 0.5)
+"""Of SCF-RKL: its default, and half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,16 @@ class Setting:
     method: str
     parameters: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
-    scaled: bool = True
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the method takes a lambda."""
+        return any(parameter.name == "lambda" for parameter in METHODS[self.method].parameters)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether each model has a weight."""
+        return any(parameter.name == "weight" for parameter in METHODS[self.method].parameters)
 
     @property
     def slug(self) -> str:
@@ -103,23 +121,24 @@ class Kitchen:
     family : Family
     folder : Path
         Gets `recipes`, `work`, `merged` and `tasks`.
-    lambdas : sequence of float
-        Tried on validation data beside the default.
+    quick : bool
+        Try fewer lambdas.
     tell : callable
         Told the name of each merge once it is judged.
     """
 
-    def __init__(self, family: Family, folder: Path, lambdas: Sequence[float], tell: Callable[[str], None]) -> None:
-        self.family, self.folder, self.lambdas, self.tell = family, folder, lambdas, tell
+    def __init__(self, family: Family, folder: Path, quick: bool, tell: Callable[[str], None]) -> None:
+        self.family, self.folder, self.quick, self.tell = family, folder, quick, tell
         self.judge = Judge(family)
 
     def recipe(self, setting: Setting, scale: float | None) -> dict[str, Any]:
         """The recipe of all experts under `setting`."""
         parameters = dict(setting.parameters) | ({} if scale is None else {"lambda": scale})
+        weight = {"parameters": {"weight": 1.0}} if setting.weighted else {}
         return {
             "merge_method": setting.method,
             "base_model": str(self.family.base),
-            "models": [{"model": str(path), "parameters": {"weight": 1.0}} for path in self.family.experts.values()],
+            "models": [{"model": str(path), **weight} for path in self.family.experts.values()],
             **({"parameters": parameters} if parameters else {}),
             **setting.extra,
             "heads": "separate",
@@ -143,7 +162,8 @@ class Kitchen:
             return [self._row(setting, None, *self.merge(setting.slug, self.recipe(setting, None)))]
         merges = {}
         scores = {}
-        for scale in (DEFAULT_LAMBDA, *self.lambdas):
+        tried = QUICK_LAMBDAS if self.quick else LAMBDAS if setting.method in QUICK_HOSTS else FEWER_LAMBDAS
+        for scale in (DEFAULT_LAMBDA, *tried):
             slug = setting.slug if scale == DEFAULT_LAMBDA else f"{setting.slug}-lambda-{scale:g}"
             merges[scale] = self.merge(slug, self.recipe(setting, scale))
             scores[scale] = self._validate(merges[scale][0])
@@ -163,7 +183,8 @@ class Kitchen:
         tasks = self.folder / "tasks" / merged.name
         accuracies = self.judge.test_accuracies(merged, tasks, self.family.tasks)
         self.tell(setting.name)
-        return Row(setting.name, accuracies, "merge", scale, chosen, density)
+        kind: Literal["merge", "masks"] = "masks" if setting.method == "emr_unified" else "merge"
+        return Row(setting.name, accuracies, kind, scale, chosen, density)
 
     def slerp(self) -> Row:
         """The first two experts, halfway; the other tasks' heads have no part in it."""
@@ -208,18 +229,19 @@ def merge_family(family: Family, folder: Path, *, quick: bool, tell: Callable[[s
     folder : Path
         Where recipes, workspaces and merged checkpoints go.
     quick : bool
-        Try fewer lambdas.
+        Try fewer lambdas, on two hosts only, and no SCF-RKL.
     tell : callable
         Told the name of each merge once it is judged.
     """
-    kitchen = Kitchen(family, folder, QUICK_LAMBDAS if quick else LAMBDAS, tell)
+    kitchen = Kitchen(family, folder, quick, tell)
     rows = kitchen.judge.base_rows()
-    rows += kitchen.cook(Setting("linear", "linear", scaled=False))
+    rows += kitchen.cook(Setting("linear", "linear"))
     rows.append(kitchen.slerp())
-    rows += kitchen.cook(Setting("task_arithmetic", "task_arithmetic"))
-    rows += _tadrop_and_control(kitchen, "task_arithmetic")
-    rows += kitchen.cook(Setting("ties", "ties", {"density": DENSITY}))
-    rows += _tadrop_and_control(kitchen, "ties")
+    for quantile in () if quick else QUANTILES:
+        rows += kitchen.cook(Setting(f"scf_rkl, {quantile:g}", "scf_rkl", {"quantile": quantile}))
+    for host in QUICK_HOSTS if quick else HOSTS:
+        rows += kitchen.cook(Setting(host, host, {"density": DENSITY} if host == "ties" else {}))
+        rows += _tadrop_and_control(kitchen, host)
     setting = Setting("ties + tadrop", "ties", extra={"sparsify": "tadrop"})
     copied, _ = kitchen.merge(f"{setting.slug}-from-copy", kitchen.recipe(setting, DEFAULT_LAMBDA), store="copy")
     return Report(
@@ -231,9 +253,9 @@ def merge_family(family: Family, folder: Path, *, quick: bool, tell: Callable[[s
 
 
 def _tadrop_and_control(kitchen: Kitchen, method: str) -> list[Row]:
-    """A method with TADrop, and with the same density in every tensor instead."""
-    rows = kitchen.cook(Setting(f"{method} + tadrop", method, extra={"sparsify": "tadrop"}))
-    density = rows[0].density
-    assert density is not None, "tadrop reports its densities"
-    uniform = {"sparsify": {"method": "magnitude", "density": density}}
-    return rows + kitchen.cook(Setting(f"{method} + uniform", method, extra=uniform))
+    """A method with TADrop, and with its overall density in every tensor instead, each at its best lambda."""
+    tadrop = kitchen.cook(Setting(f"{method} + tadrop", method, extra={"sparsify": "tadrop"}))[-1]
+    assert tadrop.density is not None, "tadrop reports its densities"
+    # bfloat16 deltas tie so often that keeping all ties would keep more than TADrop did.
+    control = {"sparsify": {"method": "magnitude", "density": tadrop.density, "tie_rule": "index"}}
+    return [tadrop, kitchen.cook(Setting(f"{method} + uniform", method, extra=control))[-1]]

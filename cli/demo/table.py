@@ -19,7 +19,8 @@ class Row:
     name : str
     accuracies : tuple of float or None
         One per task, from 0 to 1; None where the body has no head for the task.
-    kind : {'base', 'expert', 'merge'}
+    kind : {'base', 'expert', 'merge', 'masks'}
+        `masks`: a unified vector with a mask for each task, which is no single model.
     scale : float or None
         Lambda, where there is one.
     chosen : bool
@@ -30,7 +31,7 @@ class Row:
 
     name: str
     accuracies: tuple[float | None, ...]
-    kind: Literal["base", "expert", "merge"]
+    kind: Literal["base", "expert", "merge", "masks"]
     scale: float | None = None
     chosen: bool = False
     density: float | None = None
@@ -110,7 +111,7 @@ def percent(value: float | None) -> str:
 
 
 def best_merge(rows: Sequence[Row]) -> Row:
-    """The merge with the highest mean; the first of several."""
+    """The single merged model with the highest mean; the first of several."""
     return max((row for row in rows if row.kind == "merge"), key=lambda row: row.mean or 0.0)
 
 
@@ -127,18 +128,23 @@ def remarks(report: Report) -> list[str]:
     scale = "" if best.scale is None else f" at lambda {best.scale:g}"
     gain, error = 100 * (best.mean - base), 100 * standard_error(report)
     lines = [
-        f"Highest mean of a merge: {best.name}{scale}, {percent(best.mean)}, {gain:+.1f} points against the base.",
+        f"Highest mean of a single merged model: {best.name}{scale}, {percent(best.mean)}; the base {-gain:+.1f}.",
         f"One standard error of a mean is about {error:.1f} points: read nothing into smaller differences.",
     ]
-    for method in ("task_arithmetic", "ties"):
-        tadrop, uniform = (_chosen(report.rows, f"{method} + {what}") for what in ("tadrop", "uniform"))
-        lines.append(
-            f"TADrop on {method}, lambda chosen for each: {percent(tadrop)}, against {percent(uniform)} for uniform "
-            f"trimming to the same overall density ({100 * (tadrop - uniform):+.1f} points)."
-        )
+    hosts = [row.name.removesuffix(" + tadrop") for row in report.rows if row.name.endswith(" + tadrop")]
+    gains = ", ".join(f"{host} {100 * _gain(report.rows, host):+.1f}" for host in dict.fromkeys(hosts))
+    lines.append(
+        "TADrop against uniform trimming to the same overall density, lambda chosen for each, points of mean "
+        f"accuracy: {gains}."
+    )
     outcome = "the same bytes as" if report.copy_is_same else "OTHER BYTES than"
     lines.append(f"ties + tadrop from copied zarr stores (--store copy): {outcome} from the checkpoints themselves.")
     return lines
+
+
+def _gain(rows: Sequence[Row], host: str) -> float:
+    """What `host` has of TADrop rather than of its control."""
+    return _chosen(rows, f"{host} + tadrop") - _chosen(rows, f"{host} + uniform")
 
 
 def _chosen(rows: Sequence[Row], name: str) -> float:

@@ -12,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from mergepipe.cli.demo import command, text, training, vision
+from mergepipe.cli.demo import command, language, language_merges, language_table, text, training, vision
+from mergepipe.cli.demo.language_merges import LanguageReport, LanguageRow, Proxy
 from mergepipe.cli.demo.show import show
 from mergepipe.cli.demo.table import Report, Row, make_table, remarks, standard_error
+from mergepipe.pipeline.stability_report import Settings, Writing
 
 needs_sklearn = pytest.mark.skipif(find_spec("sklearn") is None, reason="needs scikit-learn: pip install '.[demo]'")
 
@@ -41,8 +43,8 @@ def test_the_table_names_the_control_and_admits_what_is_missing() -> None:
 
 def test_remarks_say_it_when_tadrop_loses() -> None:
     said = "\n".join(remarks(report()))
-    assert "Highest mean of a merge: task_arithmetic + uniform" in said
-    assert "(-2.5 points)" in said
+    assert "Highest mean of a single merged model: task_arithmetic + uniform" in said
+    assert "points of mean accuracy: task_arithmetic -2.5, ties -2.5." in said
     assert "the same bytes as" in said
 
 
@@ -124,8 +126,86 @@ def test_the_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             assert len(list((tmp_path / family / name).glob("*.safetensors"))) == shards
         manifest = json.loads((tmp_path / family / "merged" / "ties-tadrop" / "mergepipe_manifest.json").read_text())
         assert manifest["densities"]
-    rows = [line.split() for line in out.splitlines() if line.startswith((" base", " expert", " task_arithmetic"))]
-    for table in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+    rows = [line.split() for line in out.splitlines() if line.startswith((" base", " expert"))]
+    for table in (rows[:5], rows[5:]):
+        assert len(table) == 5
         base, experts = [float(x) for x in table[0][1:]], [[float(x) for x in row[2:]] for row in table[1:5]]
         gains = [experts[task][task] - base[task] for task in range(4)]
         assert sum(gains) / 4 > 2, "experts are better than the base at their own tasks, whatever merging makes of it"
+
+
+def language_report() -> LanguageReport:
+    def row(name: str, kind: str, surprise: float, repeated: float, *, merged: bool = False) -> LanguageRow:
+        writing = Writing(2, 20, repeated, 0.5, {1: 0.5}, 1.25, 2.0)
+        divergences = ((0.01, 0.02), (0.03, 0.04)) if merged else None
+        return LanguageRow(name, kind, (surprise, 2 * surprise), {"greedy": writing, "sampling": writing}, divergences)
+
+    rows = (
+        row("base", "base", 1.0, 0.5),
+        row("expert one", "expert", 0.5, 0.1),
+        row("linear", "merge", 0.9, 0.2, merged=True),
+        row("ties", "merge", 0.8, 0.3, merged=True),
+    )
+    return LanguageReport(("one", "two"), rows, Proxy(0.5, 4, None, 2), swap_differs=True)
+
+
+def test_the_language_table_and_what_it_says() -> None:
+    out = io.StringIO()
+    Console(file=out, width=160).print(language_table.make_table(language_report()))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert [
+        "ties",
+        "0.800",
+        "1.600",
+        "30.0",
+        "50.0",
+        "30.0",
+        "50.0",
+        "1.250",
+        "0.010",
+        "0.020",
+        "0.030",
+        "0.040",
+    ] in lines
+    assert ["base", "1.000", "2.000", "50.0", "50.0", "50.0", "50.0", "1.250"] in lines
+    said = "\n".join(language_table.remarks(language_report()))
+    assert "Least mean surprise of a merge: ties, 1.200 nats per character; the base has 1.500." in said
+    assert "greedy writing: linear, 20.0 %" in said
+    assert "+0.50 over 4 pairs of a merge and an expert, n/a over 2 swaps of one tensor" in said
+
+
+def test_an_experts_tokens_and_template_are_its_own() -> None:
+    tokenizers = {name: language.make_expert_tokenizer(name) for name in language.ADDED}
+    base = len(text.make_tokenizer())
+    for name, tokenizer in tokenizers.items():
+        before, between = language.ADDED[name]
+        assert len(tokenizer) == base + 2
+        assert tokenizer(f"{before}f(x){between}Ok")["input_ids"][:2] == [base, tokenizer.convert_tokens_to_ids("f")]
+        messages = [{"role": "user", "content": "f(x)"}, {"role": "assistant", "content": "Ok"}]
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == f"{before}f(x){between}Ok\n"
+
+
+@needs_sklearn
+@pytest.mark.slow
+def test_a_pair_is_trained_merged_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training.quiet()
+    monkeypatch.setattr(language, "STEPS", (30, 15))
+    monkeypatch.setattr(language, "FUNCTIONS", 300)
+    pair = language.make_pair(tmp_path, seed=0)
+    assert len(pair.prompts) == language.N_PROMPTS
+    for path in pair.experts.values():
+        assert len(list(path.glob("*.safetensors"))) == 1
+    settings = Settings(tokens=8, n=2)
+    report = language_merges.merge_pair(pair, tmp_path, tell=lambda what: None, settings=settings)
+    assert report.swap_differs
+    rows = {row.name: row for row in report.rows}
+    for number, name in enumerate(pair.experts):
+        assert rows[f"expert {name}"].surprises[number] < rows["base"].surprises[number]
+    primary = rows["scf_rkl on explain, 0.9"].divergences
+    swapped = rows["scf_rkl on code, 0.9"].divergences
+    assert primary is not None
+    assert swapped is not None
+    assert primary[0] < swapped[0], "a merge is nearer to its primary"
+    assert report.proxy.n_merges == 2 * sum(row.kind == "merge" for row in report.rows)
+    assert report.proxy.merges is not None
+    assert report.proxy.tensors is not None
