@@ -212,7 +212,8 @@ class LanguageModel:
                 kept = {} if cache is None else {"past_key_values": cache}
                 output = self.model(given, use_cache=True, **kept)
             logits = output.logits[:, -1].to("cpu", torch.float64).numpy()
-            spread = self._entropies(logits)
+            self._check(logits)
+            spread = entropies(logits)
             chosen = _choose(logits, draws[:, place], decoding.temperature)
             ended |= np.isin(chosen, list(self.ends))
             for k in np.flatnonzero(~ended):
@@ -228,13 +229,10 @@ class LanguageModel:
             for prompt, tokens, spread in zip(prompts, written, surprise, strict=True)
         ]
 
-    def _entropies(self, logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-        try:
-            return entropies(logits)
-        except ValueError as error:
-            raise CheckpointError(
-                f"'{self.folder}' gives logits that are NaN or infinite: its weights overflow"
-            ) from error
+    def _check(self, logits: npt.NDArray[np.floating[Any]]) -> None:
+        """Refuse rows that are no distribution; single tokens may be ruled out by minus infinity."""
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise CheckpointError(f"'{self.folder}' gives logits that are NaN or infinite: its weights overflow")
 
     def read(self, tokens: Sequence[int], first: int) -> npt.NDArray[np.float32]:
         """Logits of every place from `first` on that has a token before it.
@@ -254,7 +252,7 @@ class LanguageModel:
         with torch.inference_mode():
             output = self.model(torch.tensor([tokens], device=self.device), use_cache=False)
         logits: npt.NDArray[np.float32] = output.logits[0, first - 1 :].to("cpu", torch.float32).numpy()
-        self._entropies(logits[-1:])
+        self._check(logits)
         return logits
 
 

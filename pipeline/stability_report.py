@@ -15,6 +15,7 @@ first token that only one of them has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class TextDivergence:
-    """Divergence over one kind of text, in nats per token; None where there is no position.
+    """Divergence over one kind of text, in nats per token; None where there is no position, or it is infinite.
 
     Attributes
     ----------
@@ -358,10 +359,21 @@ def _why_not(merged: LanguageModel, parent: LanguageModel, prompts: Sequence[str
     return None
 
 
+def mean_of(total: float, positions: int) -> float | None:
+    """A mean over positions; None over none, and where one model rules out what the other does not.
+
+    Examples
+    --------
+    >>> mean_of(3.0, 2), mean_of(0.0, 0), mean_of(float("inf"), 2)
+    (1.5, None, None)
+    """
+    return float(total) / positions if positions and math.isfinite(total) else None
+
+
 def _over_prompts(merged: LanguageModel, parent: LanguageModel, given: Sequence[tuple[int, ...]]) -> TextDivergence:
     """At every place of a prompt that has a token before it, that after the last token left out."""
     sums, positions = compare_outputs(merged, parent, [(ids[:1], ids[1:]) for ids in given])
-    ours, theirs, left_out = (float(value) / positions if positions else None for value in sums)
+    ours, theirs, left_out = (mean_of(value, positions) for value in sums)
     return TextDivergence("prompts", ours, theirs, (positions, positions), left_out or 0.0)
 
 
@@ -375,6 +387,5 @@ def _over_writings(
     """Each direction over what the model in front of it wrote."""
     first, one = compare_outputs(merged, parent, [(c.prompt, c.tokens) for c in ours])
     second, other = compare_outputs(parent, merged, [(c.prompt, c.tokens) for c in theirs])
-    left_out = float(first[2] + second[2]) / max(one + other, 1)
-    forward, backward = (float(s[0]) / count if count else None for s, count in ((first, one), (second, other)))
-    return TextDivergence(name, forward, backward, (one, other), left_out)
+    left_out = mean_of(first[2] + second[2], one + other) or 0.0
+    return TextDivergence(name, mean_of(first[0], one), mean_of(second[0], other), (one, other), left_out)

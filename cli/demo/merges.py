@@ -28,7 +28,7 @@ DENSITY = 0.2
 """What plain TIES keeps: the top fifth, as in its paper (mergekit's default keeps all)."""
 
 LAMBDAS = (0.2, 0.3, 0.4, 0.6, 1.4)
-FEWER_LAMBDAS = (0.3, 0.6)
+FEWER_LAMBDAS = (0.3,)
 QUICK_LAMBDAS = (0.3,)
 """Tried on validation data beside the default; the fewer ones on all but the first two hosts."""
 

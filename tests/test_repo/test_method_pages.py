@@ -15,6 +15,7 @@ from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 from support.whole import family, write
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
+WORDS = ("when", "cost", "parameter", "how sure", "```yaml")
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (8, 12),
     "model.layers.0.mlp.up_proj.weight": (12, 9),
@@ -24,29 +25,29 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def sections() -> list[tuple[str, str]]:
-    """Headings of the third level under "Each ..." with what stands below them."""
-    found = []
-    for part in re.split(r"^## ", TEXT, flags=re.MULTILINE):
-        if part.startswith("Each "):
-            found += [section.partition("\n")[::2] for section in re.split(r"^### ", part, flags=re.MULTILINE)[1:]]
-    return found
+    """Headings of the second and third level, each with what stands below it."""
+    parts = re.split(r"^###? (.*)\n", TEXT, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def page_of(name: str, *, sparsifier: bool) -> str:
-    """The page of a method, or of a sparsifier, of which two share their names with methods."""
-    after = False
-    for heading, text in sections():
-        after = after or heading == "`none`"
-        if f"`{name}`" in heading and after == sparsifier:
-            return text
-    raise AssertionError(f"docs/methods.md has no page for {name}")
+    """The fullest page of a method, or of a sparsifier; two of them share their names with methods."""
+    headings = [heading for heading, _ in sections()]
+    start = headings.index("Each sparsifier")
+    found = [
+        text
+        for number, (heading, text) in enumerate(sections())
+        if re.search(rf"`(merge_method: )?{name}`", heading) and (number > start) == sparsifier
+    ]
+    assert found, f"docs/methods.md has no page for {name}"
+    return max(found, key=lambda text: sum(word in text.lower() for word in WORDS))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_its_page(name: str) -> None:
     page = page_of(name, sparsifier=False)
-    for what in ("**When**", "**Cost**", "**Parameters**", "**How sure**", "```yaml"):
-        assert what in page, f"the page of {name} lacks {what}"
+    for word in WORDS:
+        assert word in page.lower(), f"the page of {name} says nothing of '{word}'"
     specification = METHODS[name].specification
     assert specification == "published" or specification in page
     named = {parameter.name for parameter in METHODS[name].parameters if not parameter.without_effect}
