@@ -8,7 +8,7 @@ written into the configuration.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergepipe.pipeline.stacking import View, only_in_first, within_layer
 from mergepipe.pipeline.towers import count_places
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from mergepipe.storage.checkpoint import Checkpoint
 
 LISTED = frozenset({"layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers"})
-"""Keys with one value for each layer, besides all lists of words that are as long as there are layers."""
+"""Keys with one value for each layer, whatever the values look like; others are told by :func:`_listing`."""
 
-NUMBERED = frozenset(
-    {"mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers"}
-)
-"""Keys that list numbers of layers."""
+LAYER_WORDS = ("layer", "idx", "indices", "indexes")
+"""Parts of keys whose lists are about layers."""
+
+MANY = 12
+"""Layers from which on a list of numbers that is as long as there are layers is no coincidence."""
 
 BY_NUMBER = (
     *("first_k_dense_replace", "decoder_sparse_step", "moe_layer_freq", "full_attention_interval"),
@@ -144,17 +145,35 @@ class Stack:
         for key, value in own.items():
             if not isinstance(value, list):
                 continue
-            if key in NUMBERED:
-                of = {path: _at(config, section).get(key) or [] for path, config in configs.items()}
+            kind = _listing(key, value, self.count)
+            lists = {path: _at(config, section).get(key) for path, config in configs.items()}
+            if kind == "numbers":
+                of = {path: listed if isinstance(listed, list) else [] for path, listed in lists.items()}
                 found[key] = [new for new, (path, old) in enumerate(self.layers) if old in of[path]]
-            elif len(value) == self.count and _is_listed(key, value):
-                lists = {path: _at(config, section).get(key) for path, config in configs.items()}
+            elif kind == "values":
                 found[key] = [_nth(lists[path], old, value) for path, old in self.layers]
         return found
 
 
-def _is_listed(key: str, value: list[Any]) -> bool:
-    return key in LISTED or (key != "architectures" and all(isinstance(item, str) for item in value))
+def _listing(key: str, value: list[Any], layers: int) -> Literal["numbers", "values"] | None:
+    """Whether a list of a configuration has numbers of layers, a value for each layer, or nothing to do with them.
+
+    Examples
+    --------
+    >>> _listing("mlp_only_layers", [0, 3], 4), _listing("layer_types", ["full", "sliding"], 2)
+    ('numbers', 'values')
+    >>> _listing("eos_token_id", [1, 2, 5], 3), _listing("architectures", ["LlamaForCausalLM"], 1)
+    (None, None)
+    """
+    about = any(word in key for word in LAYER_WORDS)
+    whole = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    if about and key not in LISTED and whole and value == sorted({*value} & {*range(layers)}):
+        return "numbers"
+    if len(value) != layers or key == "architectures" or "token" in key:
+        return None
+    words = all(isinstance(item, str) for item in value)
+    flat = not any(isinstance(item, list | dict) for item in value)
+    return "values" if key in LISTED or words or (flat and (about or layers >= MANY)) else None
 
 
 def _nth(values: object, number: int, otherwise: list[Any]) -> Any:

@@ -439,6 +439,27 @@ def test_what_is_listed_for_layers_follows_them() -> None:
     }
 
 
+def test_lists_are_about_layers_by_name_or_by_length() -> None:
+    deep = model(layers=16)
+    config = {
+        "num_hidden_layers": 16,
+        "num_key_value_heads_per_layer": [*range(16, 0, -1)],
+        "ffn_multipliers": [1.5] * 16,
+        "global_attn_layers": [1, 15],
+        "eos_token_id": [*range(16)],
+        "sizes": [[1, 1]] * 16,
+        "no_rope_layers": [1] * 16,
+    }
+    recipe = parse(one(source("a", 0, 2)), one(source("a", 14, 16)))
+    assert line_up(recipe, checkpoint(deep, config)).config == {
+        "num_hidden_layers": 4,
+        "num_key_value_heads_per_layer": [16, 15, 2, 1],
+        "ffn_multipliers": [1.5] * 4,
+        "global_attn_layers": [1, 3],
+        "no_rope_layers": [1] * 4,
+    }
+
+
 def test_a_stack_that_changes_nothing_changes_no_configuration() -> None:
     assert line_up(parse(one(source("a", 0, 2)), one(source("a", 2, 4)))).config == {}
 
