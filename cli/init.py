@@ -86,7 +86,10 @@ def recipe_text(method: MergeMethod) -> str:
         "models:",
     ]
     for number in range(1, max(method.min_models, min(2, most)) + 1):
-        lines += [f"  - model: ./model-{number}", *_block(own if number == 1 else needed, "    ")]
+        lines.append(f"  - model: ./{method.takes.removesuffix('s')}-{number}")
+        if method.importance:
+            lines.append(f"    importance: ./importance-{number}   # a checkpoint of the same tensors, none negative")
+        lines += _block(own if number == 1 else needed, "    ")
     lines += _block(shared, "")
     if method.space == "deltas":
         lines.append("# sparsify: tadrop            # thins the task vectors first; see `mergepipe methods`")

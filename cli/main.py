@@ -19,6 +19,7 @@ from mergepipe.errors import DiskFullError, Interrupted, MergepipeError
 COMMANDS = {
     "init": "mergepipe.cli.init",
     "build": "mergepipe.cli.build",
+    "check": "mergepipe.cli.check",
     "run": "mergepipe.cli.run",
     "plan": "mergepipe.cli.plan",
     "status": "mergepipe.cli.status",

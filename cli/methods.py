@@ -72,6 +72,8 @@ def describe(declared: MergeMethod | Sparsifier) -> dict[str, Any]:
             "min_models": declared.min_models,
             "max_models": declared.max_models,
             "trim": declared.trim,
+            "importance": declared.importance,
+            "takes": declared.takes,
             "known": list(declared.known),
             "chosen": list(declared.chosen),
         }
@@ -141,8 +143,10 @@ def _print_details(entry: dict[str, Any]) -> None:
         most = entry["max_models"]
         count = f"{entry['min_models']} or more" if most is None else f"{entry['min_models']} to {most}"
         click.echo(f"base           {BASES[entry['base']]}")
-        click.echo(f"models         {entry['min_models'] if most == entry['min_models'] else count}")
+        click.echo(f"{entry['takes']:14} {entry['min_models'] if most == entry['min_models'] else count}")
         click.echo(f"sparsifier     {entry['trim']}")
+        if entry["importance"]:
+            click.echo("importances    a checkpoint for each model, `importance: FOLDER` beside it")
     click.echo(f"sweeps         up to {len(entry['sweeps'])}: {', '.join(entry['sweeps'])}")
     if entry["paper"]:
         click.echo(f"paper          {entry['paper']['title']}, {entry['paper']['url']}")

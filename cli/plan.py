@@ -89,8 +89,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     width = max(len(model["label"]) for model in summary["models"])
     for model in summary["models"]:
         kind = "copied" if model["store"] == "copy" else "virtual"
+        role = "weighing" if model["role"] == "importance" else model["role"]
         click.echo(
-            f"{model['role']:8}  {model['label']:{width}}  {model['tensors']} tensors, {show_bytes(model['nbytes'])}; "
+            f"{role:8}  {model['label']:{width}}  {model['tensors']} tensors, {show_bytes(model['nbytes'])}; "
             f"{kind} zarr, {show_bytes(model['copied_bytes'])} ({model['why']})"
         )
     beside = sum(map(len, summary["side"].values()))

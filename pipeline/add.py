@@ -185,7 +185,7 @@ def _plan(old: Plan, first: Plan, path: str, out: str | Path | None) -> tuple[Pl
         )
     found = align(recipe, checkpoints[:2])
     models = _models(old, first, whole, checkpoints)
-    tensors = tuple(_going_on(t, first) for t in plan_tensors(recipe, checkpoints, found))
+    tensors = tuple(_going_on(t, first) for t in plan_tensors(checkpoints, found, recipe.seed))
     if [(t.name, t.shape) for t in tensors] != [(t.name, t.shape) for t in old.tensors]:
         raise WorkspaceError(f"the base's tensors are not those of the merge in '{old.output}': build it again")
     shown: dict[str, Any] = {**old.recipe, "models": [*old.recipe["models"], {"model": models[NEW].label}]}

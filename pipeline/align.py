@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergepipe.errors import CheckpointError, TensorMismatchError
+from mergepipe.pipeline.adapters import check_adapters
+from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.heads import head_of, is_lm_head, ties
 from mergepipe.pipeline.recipe import ModelSpec, Recipe
 from mergepipe.pipeline.stacked import Stack
@@ -55,6 +57,8 @@ class AlignedTensor:
         For a merge, the checkpoint of each model of `Recipe.experts_for(name)`, in that order; empty for a copy.
     base : int or None
         For a merge, the checkpoint of the base if the tensor's method takes one.
+    importances : tuple of int
+        For a method that takes them, the checkpoint of each model's importances: positions in `Recipe.inputs`.
     part : int
         Position in `Alignment.views` of the part that it belongs to.
     names : dict of int to str
@@ -68,6 +72,7 @@ class AlignedTensor:
     source: int
     models: tuple[int, ...] = ()
     base: int | None = None
+    importances: tuple[int, ...] = ()
     part: int = 0
     names: dict[int, str] = field(default_factory=dict)
 
@@ -114,27 +119,30 @@ class Alignment:
         return sum(tensor.action == "copy" for tensor in self.tensors)
 
 
-def align(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> Alignment:
+def align(recipe: Recipe, checkpoints: Sequence[Checkpoint], faults: Faults = FIRST) -> Alignment:
     """Line up the tensors of the checkpoints.
 
     Parameters
     ----------
     recipe : Recipe
     checkpoints : sequence of Checkpoint
-        One per entry of `recipe.sources`, in that order. Only the dtypes and shapes of their tensors and their
+        One per entry of `recipe.inputs`, in that order. Only the dtypes and shapes of their tensors and their
         `config` are looked at.
+    faults : Faults, optional
+        Takes in the disagreements; where it keeps them, the tensors that fit come back.
 
     Raises
     ------
     TensorMismatchError
         If models disagree about tensors: one lacks it, or its shape or kind differs.
     CheckpointError
-        If a checkpoint is quantised.
+        If a checkpoint is quantised; if adapters and models are mixed, or merged by a method that is not for them.
     """
-    if len(checkpoints) != len(recipe.sources):
-        raise ValueError(f"expected {len(recipe.sources)} checkpoints, one per source, found {len(checkpoints)}")
+    if len(checkpoints) != len(recipe.inputs):
+        raise ValueError(f"expected {len(recipe.inputs)} checkpoints, one per input, found {len(checkpoints)}")
     _refuse_quantised(recipe, checkpoints)
-    return _Whole(recipe, checkpoints).align()
+    check_adapters(recipe, checkpoints)
+    return _Whole(recipe, checkpoints).align(faults)
 
 
 class _Whole:
@@ -142,16 +150,17 @@ class _Whole:
 
     def __init__(self, recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
         self.recipe = recipe
-        self.checkpoints = checkpoints
-        self.found = views_of(recipe, checkpoints)
-        self.aligners = [_Aligner(view) for view in self.found.views]
+        self.checkpoints = checkpoints[: len(recipe.sources)]
+        self.found = views_of(recipe, self.checkpoints)
+        inputs = {path: (number, checkpoints[number]) for number, path in enumerate(recipe.inputs)}
+        self.aligners = [_Aligner(view, inputs) for view in self.found.views]
         places = {path: position for position, path in enumerate(recipe.sources)}
         self.places = [[places[path] for path in aligner.recipe.sources] for aligner in self.aligners]
-        self.problems = dict(self.found.problems)
+        self.problems = {text: [remedy] for text, remedy in self.found.problems.items()}
         self.notes = list(self.found.notes)
 
-    def align(self) -> Alignment:
-        """All parts in one; raises what is wrong with any."""
+    def align(self, faults: Faults) -> Alignment:
+        """All parts in one, as far as they fit; `faults` takes what is wrong with any."""
         noted: dict[str, list[str]] = {}
         for aligner in self.aligners:
             aligner.align()
@@ -159,7 +168,12 @@ class _Whole:
                 noted.setdefault(reason, []).extend(names)
         left_out = {name for names in noted.values() for name in names}
         config = self._check_stacks(left_out)
-        self._raise()
+        self._look_for_a_head()
+        for aligner in self.aligners:
+            for text, remedies in aligner.problems.items():
+                self.problems.setdefault(text, []).extend(remedies)
+        if self.problems:
+            faults.take(self._error())
         self.notes += [f"{reason}: {_some(names, 2)}" for reason, names in noted.items()]
         tensors = tuple(
             self._placed(number, tensor) for number, each in enumerate(self.aligners) for tensor in each.tensors
@@ -187,7 +201,8 @@ class _Whole:
             expected = {name: entry.shape for name, entry in mine_first.items()}
             spared = {name for name, entry in mine_first.items() if _is_made_anew(name, entry, first)}
             if not any(self.aligners[number].problems for number in mine) and not self.found.problems:
-                self.problems |= stack.problems(made, expected, left_out | spared)
+                found = stack.problems(made, expected, left_out | spared)
+                self.problems |= {text: [remedy] for text, remedy in found.items()}
             changes, notes = stack.changes(configs)
             _join(config, changes)
             self.notes += notes
@@ -202,34 +217,45 @@ class _Whole:
         names = {place: entry.name for place, entry in found.items() if entry and entry.name != tensor.name}
         return replace(tensor, source=places[tensor.source], models=models, base=base, part=number, names=names)
 
-    def _raise(self) -> None:
-        problems = dict(self.problems)
-        for aligner in self.aligners:
-            problems |= aligner.problems
-        if not problems:
-            return
-        shown = [f"  {text}" for text in list(problems)[:MAX_PROBLEMS]]
-        if len(problems) > MAX_PROBLEMS:
-            shown.append(f"  and {len(problems) - MAX_PROBLEMS} more")
-        remedies = dict.fromkeys(problems.values()) | {r: None for each in self.aligners for r in each.remedies}
+    def _look_for_a_head(self) -> None:
+        """A language model without tied embeddings needs two tables: with one, it would load with a random head."""
+        config, tensors = self.checkpoints[0].config, self.checkpoints[0].tensors
+        kind = str((config.get("architectures") or [""])[0])
+        words = config.get("vocab_size")
+        tables = [name for name, entry in tensors.items() if len(entry.shape) == 2 and entry.shape[0] == words]
+        if kind.endswith(("ForCausalLM", "LMHeadModel")) and ties(config) is False and len(tables) == 1:
+            text = (
+                f"'{self.recipe.sources[0]}' has no lm_head: '{tables[0]}' is its only table of {words} rows, and its "
+                f"config.json says `tie_word_embeddings: false`"
+            )
+            remedy = "restore lm_head.weight, or say `tie_word_embeddings: true` in config.json if the two are one"
+            self.problems[text] = [remedy]
+
+    def _error(self) -> CheckpointError:
+        shown = [f"  {text}" for text in list(self.problems)[:MAX_PROBLEMS]]
+        if len(self.problems) > MAX_PROBLEMS:
+            shown.append(f"  and {len(self.problems) - MAX_PROBLEMS} more")
+        remedies = dict.fromkeys(remedy for each in self.problems.values() for remedy in each)
         lines = ["the models do not fit together:", *shown, *(f"Remedy: {remedy}." for remedy in remedies)]
         refused = any(each.refused for each in self.aligners)
-        raise (CheckpointError if refused else TensorMismatchError)("\n".join(lines))
+        error = (CheckpointError if refused else TensorMismatchError)("\n".join(lines))
+        error.problems = tuple(f"{text}: {'; or '.join(remedies)}" for text, remedies in self.problems.items())
+        return error
 
 
 class _Aligner:
     """Goes through all names of one part once and collects tensors, notes and problems."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, inputs: Mapping[str, tuple[int, Checkpoint]]) -> None:
         self.recipe = view.part.recipe
+        self.inputs = inputs
         self.where = f"{view.part.path}: " if view.part.sliced else ""
         self.checkpoints = view.checkpoints
         self.tensors: list[AlignedTensor] = []
         self.side: dict[int, list[str]] = {}
         self.noted: dict[str, list[str]] = {}
         self.left_out = 0
-        self.problems: dict[str, str] = {}
-        self.remedies: dict[str, None] = {}
+        self.problems: dict[str, list[str]] = {}
         self.refused = False
         self.strangers = self._strangers()
         self.everyone = [i for i in range(len(self.checkpoints)) if i not in self.strangers]
@@ -237,7 +263,7 @@ class _Aligner:
         self.own_heads = set() if self.recipe.heads is None else self._heads_that_differ()
 
     def align(self) -> None:
-        """Fill `tensors`, `side`, `noted`, `left_out`, `problems` and `remedies`."""
+        """Fill `tensors`, `side`, `noted`, `left_out` and `problems`."""
         for name in self.names:
             self._place(name)
 
@@ -247,7 +273,7 @@ class _Aligner:
         rule = self.recipe.rule_for(name)
         if rule is not None and rule.merge_method == "passthrough":
             self._pass_through(name, owners)
-        elif _is_buffer(name, next(iter(owners.values()))):
+        elif is_buffer(name, next(iter(owners.values()))):
             self._leave_out(name, "left out, models compute these buffers themselves")
         elif _POSITIONS.search(name):
             self._positions(name, owners)
@@ -273,7 +299,24 @@ class _Aligner:
             wants = METHODS[method].base
             base = None if wants == "ignored" or (wants == "optional" and self.recipe.base_model is None) else 0
             entry = owners[0]
-            self.tensors.append(AlignedTensor(name, entry.shape, entry.dtype, "merge", 0, experts, base))
+            importances = self._importances(name, entry) if METHODS[method].importance else ()
+            self.tensors.append(AlignedTensor(name, entry.shape, entry.dtype, "merge", 0, experts, base, importances))
+
+    def _importances(self, name: str, expected: TensorEntry) -> tuple[int, ...]:
+        """The checkpoints of each model's importances; what does not fit in them is a problem."""
+        given = [spec.importance for spec in self.recipe.experts_for(name)]
+        paths = [path for path in given if path is not None and path in self.inputs]
+        remedy = "compute them for every tensor, or merge this one in another way: {match: NAME, merge_method: linear}"
+        for path in paths:
+            entry = self.inputs[path][1].tensors.get(name)
+            where = f"of the importances '{path}'"
+            if entry is None:
+                self._problem(f"'{name}' is not among the tensors {where}", remedy)
+            elif entry.shape != expected.shape:
+                self._problem(f"'{name}' is {expected.shape} in {self._path(0)} but {entry.shape} {where}", remedy)
+            elif DTYPES[entry.dtype].role != "merged":
+                self._problem(f"'{name}' is {entry.dtype} {where}", "importances are floating-point numbers")
+        return tuple(self.inputs[path][0] for path in paths)
 
     def _copy(self, name: str, source: int, owners: Mapping[int, TensorEntry]) -> None:
         entry = owners[source]
@@ -361,7 +404,8 @@ class _Aligner:
     def _strangers(self) -> set[int]:
         """Models that share no name with the first source: one problem each, instead of one per tensor."""
         first = self.checkpoints[0].tensors
-        strangers = {i for i, other in enumerate(self.checkpoints) if i and first.keys().isdisjoint(other.tensors)}
+        models = enumerate(self.checkpoints[: len(self.recipe.sources)])
+        strangers = {i for i, other in models if i and first.keys().isdisjoint(other.tensors)}
         for index in sorted(strangers):
             self._problem(
                 f"{self._path(index)} has no tensor in common with {self._path(0)}",
@@ -403,12 +447,17 @@ class _Aligner:
             self._problem(text, "for heads that differ, say `heads: base`, `separate` or `model:<path>`")
         if vocabulary:
             self._problem(text, "this version does not merge vocabularies: use models of one tokenizer")
+        if self.checkpoints[0].is_adapter:
+            return self._problem(
+                text, "adapters are merged pair by pair: train or extract all for one rank and modules"
+            )
         remedy = "drop the model, or add a rule {match: NAME, merge_method: passthrough} to take the first source's"
         return self._problem(text, remedy)
 
     def _problem(self, text: str, remedy: str) -> Literal[False]:
-        self.problems.setdefault(self.where + text, remedy)
-        self.remedies.setdefault(remedy)
+        remedies = self.problems.setdefault(self.where + text, [])
+        if remedy not in remedies:
+            remedies.append(remedy)
         return False
 
     def _described(
@@ -429,7 +478,7 @@ class _Aligner:
 
 def _refuse_quantised(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
     found = []
-    for path, checkpoint in zip(recipe.sources, checkpoints, strict=False):
+    for path, checkpoint in zip(recipe.inputs, checkpoints, strict=False):
         config = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")
         name = next((name for name in checkpoint.tensors if _is_code(name, checkpoint)), None)
         if config:
@@ -455,7 +504,7 @@ def _is_code(name: str, checkpoint: Checkpoint) -> bool:
     return weight is not None and DTYPES[weight.dtype].role == "copied"
 
 
-def _is_buffer(name: str, entry: TensorEntry) -> bool:
+def is_buffer(name: str, entry: TensorEntry) -> bool:
     """Whether a model fills this tensor itself when it is made: never stored by newer ones, ignored when loaded."""
     if _BUFFER.search(name):
         return True
@@ -464,7 +513,7 @@ def _is_buffer(name: str, entry: TensorEntry) -> bool:
 
 def _is_made_anew(name: str, entry: TensorEntry, checkpoint: Checkpoint) -> bool:
     """Whether a tensor need not be in the output: a buffer, or the twin of a tied embedding."""
-    return bool(_is_buffer(name, entry) or _POSITIONS.search(name) or (is_lm_head(name) and ties(checkpoint.config)))
+    return bool(is_buffer(name, entry) or _POSITIONS.search(name) or (is_lm_head(name) and ties(checkpoint.config)))
 
 
 def _join(target: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -17,15 +17,15 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from mergepipe.errors import (
-    BudgetError,
     CheckpointError,
     DiskFullError,
+    Fault,
     InputChangedError,
     MergepipeError,
     RecipeError,
@@ -34,12 +34,15 @@ from mergepipe.errors import (
 from mergepipe.pipeline import outputs, stages
 from mergepipe.pipeline.align import AlignedTensor, Alignment, align
 from mergepipe.pipeline.chain import Merge, check_dropped, load_chain
-from mergepipe.pipeline.chain_plan import earlier_of, is_whole, made_checkpoint, raise_together
+from mergepipe.pipeline.chain_plan import collected, earlier_of, is_whole, made_checkpoint, take_together
 from mergepipe.pipeline.events import Announcer, CopyProgress, Listener, Note
+from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.handover import SHARDS_OPEN
 from mergepipe.pipeline.inputs import check_inputs
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
+from mergepipe.pipeline.obstacles import abandoned_work, unfinished_names
+from mergepipe.pipeline.parsing import NOT_MERGED
 from mergepipe.pipeline.parts import parts_of
 from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTensor, Source, plan_id
 from mergepipe.pipeline.recipe import Recipe, settings
@@ -62,8 +65,52 @@ logger = logging.getLogger(__name__)
 
 StoreKind = Literal["auto", "virtual", "copy"]
 
+SHAPING = ("$.rules", "$.heads", "$.slices", "$.modules", *(f"$.{key}" for key in NOT_MERGED))
+"""Parts of a recipe that say which tensors are made: with a fault there, but for parameters, they are not compared."""
+
+DECIDING = (*SHAPING, "$.merge_method", "$.base_model", "$.models", "$.sparsify")
+"""Parts of a recipe that say what is done with tensors: with a fault there, but for parameters, no plan is made."""
+
+AFTER_TENSORS = ("parameters per tensor", "memory", "disk", "workspace")
+"""What can't be looked at before it is known which tensors are made."""
+
 CHUNK_BYTES = 8 * 1024 * 1024
 """Default size of a chunk: the best of 1 to 64 MiB in whole merges."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What `build` is asked for; see there."""
+
+    recipe: str | Path = "mergepipe.yaml"
+    work: str | Path = ".mergepipe"
+    out: str | Path | None = None
+    memory: str | int | None = None
+    workers: int | None = None
+    store: StoreKind = "auto"
+    chunk_size: str | int = CHUNK_BYTES
+    shard_size: str | int | None = None
+    overrides: tuple[str, ...] = ()
+    force: bool = False
+
+
+@dataclass(slots=True)
+class Examined:
+    """What came of looking at an order: as far as it got, where faults are kept.
+
+    Attributes
+    ----------
+    planned : list of Planned
+        Each merge with the plan that was made from what was found to be sound; the result is the last one.
+    abandoned : list of Plan or None
+        For each, the plan of a finished or forgotten merge that its workspace holds.
+    unchecked : tuple of str
+        What could not be looked at because of faults before it.
+    """
+
+    planned: list[Planned] = field(default_factory=list)
+    abandoned: list[Plan | None] = field(default_factory=list)
+    unchecked: tuple[str, ...] = ()
 
 
 def build(
@@ -116,40 +163,84 @@ def build(
         If anything is wrong; no work has been done then.
     """
     announce = Announcer(on_event)
-    merges = load_chain(recipe, Path(work), overrides)
-    planned: list[Planned] = []
-    errors: list[tuple[str, MergepipeError]] = []
-    for merge in merges:
-        if not set(merge.reads) <= {found.merge.name for found in planned}:
-            continue  # what it reads is at fault itself
-        options = _Options(
-            out=out,
-            memory=None if memory is None else parse_bytes(memory),
-            workers=workers or cpu_count(),
-            store="copy" if store == "copy" else "virtual",
-            chunk_bytes=parse_bytes(chunk_size),
-            shard_bytes=None if shard_size is None else parse_bytes(shard_size),
-        )
-        try:
-            planned.append(_plan_merge(merge, options, _read_by(merge, planned)))
-        except (RecipeError, CheckpointError, BudgetError) as error:
-            errors.append((merge.name or "the result", error))
-    raise_together(errors, [merge.name for merge in merges[:-1]])
-    root, plan = Workspace(Path(work)), planned[-1].plan
-    abandoned = [_check_way(found, force) for found in planned]
-    _check_disks(planned, announce)
-    check_dropped(root, [found.merge for found in planned[:-1]], force)
+    order = Order(recipe, work, out, memory, workers, store, chunk_size, shard_size, tuple(overrides), force)
+    examined = examine(order, FIRST, announce)
+    planned, abandoned, root = examined.planned, examined.abandoned, Workspace(Path(work))
     root.create()
     with WorkspaceLock(root):
         # First goes the plan that reads what now changes, last comes the one that reads it all.
-        _withdraw(root, plan)
+        _withdraw(root, planned[-1].plan)
         for found, old in list(zip(planned, abandoned, strict=True))[:-1]:
             _install(found, old, announce)
         root.write_earlier([found.merge.workspace.root.name for found in planned[:-1]])
         _install(planned[-1], abandoned[-1], announce)
     for note in dict.fromkeys(note for found in planned for note in found.plan.notes):
         announce(Note(note))
-    return plan
+    return planned[-1].plan
+
+
+def examine(order: Order, faults: Faults, announce: Announcer) -> Examined:
+    """Look at everything that can be looked at before work begins; writes nothing.
+
+    Parameters
+    ----------
+    order : Order
+    faults : Faults
+        Takes in whatever is wrong. Where it keeps faults, what they leave unclear is passed over.
+    announce : Announcer
+
+    Raises
+    ------
+    UsageError
+        If a size is none.
+    RecipeError, CheckpointError, BudgetError, InTheWayError
+        Unless `faults` keeps them.
+    """
+    options = _options(order)
+    examined = Examined(unchecked=("checkpoints", "tensors", *AFTER_TENSORS))
+    with faults.taken():
+        merges = load_chain(order.recipe, Path(order.work), order.overrides, faults=faults)
+        examined.unchecked = ()
+        _plan_all(merges, options, faults, examined)
+        root = Workspace(Path(order.work))
+        if len(examined.planned) < len(merges):
+            last = merges[-1]
+            inputs = [path for merge in merges for path in merge.recipe.inputs if not path.startswith(str(root.root))]
+            outputs.check_folder(_output(last, options), inputs, unfinished_names(last.workspace))
+            return examined
+        examined.abandoned = [_check_way(found, order.force, faults) for found in examined.planned]
+        with faults.taken():
+            _check_disks(examined.planned, announce)
+        with faults.taken():
+            check_dropped(root, [found.merge for found in examined.planned[:-1]], order.force)
+    return examined
+
+
+def _plan_all(merges: Sequence[Merge], options: _Options, faults: Faults, examined: Examined) -> None:
+    """Plan every merge of a chain whose inputs are there or will be; what is wrong with several is told together."""
+    errors: list[tuple[str, MergepipeError]] = []
+    for merge in merges:
+        if not set(merge.reads) <= {found.merge.name for found in examined.planned}:
+            continue  # what it reads is at fault itself
+        # What is wrong with the recipe says what else can be looked at, where there is one merge.
+        own = faults if faults.keep and len(merges) == 1 else Faults(keep=faults.keep)
+        with collected(errors, merge.name or "the result"):
+            found = _plan_merge(merge, options, _read_by(merge, examined.planned), own, examined)
+            examined.planned += [] if found is None else [found]
+        if own is not faults:
+            errors += [(merge.name or "the result", error) for error in own.errors]
+    take_together(errors, [merge.name for merge in merges[:-1]], faults)
+
+
+def _options(order: Order) -> _Options:
+    return _Options(
+        out=order.out,
+        memory=None if order.memory is None else parse_bytes(order.memory),
+        workers=order.workers or cpu_count(),
+        store="copy" if order.store == "copy" else "virtual",
+        chunk_bytes=parse_bytes(order.chunk_size),
+        shard_bytes=None if order.shard_size is None else parse_bytes(order.shard_size),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,35 +273,71 @@ def _read_by(merge: Merge, planned: Sequence[Planned]) -> list[Planned]:
     return [found for found in planned if found.merge.name in needed]
 
 
-def _plan_merge(merge: Merge, options: _Options, before: Sequence[Planned]) -> Planned:
-    """Plan one merge, given those that it reads."""
+def _output(merge: Merge, options: _Options) -> Path:
+    return Path(os.path.abspath(merge.output or options.out or merge.recipe.output or "merged"))
+
+
+def _plan_merge(
+    merge: Merge, options: _Options, before: Sequence[Planned], faults: Faults, examined: Examined
+) -> Planned | None:
+    """Plan one merge, given those that it reads; None where faults that were kept leave it unclear what to plan."""
     recipe = merge.recipe
     made = {
         found.plan.output: made_checkpoint(found.plan, found.checkpoints[found.plan.sidecar or 0].config)
         for found in before
     }
-    checkpoints = _open_all(recipe.sources, made)
-    alignment = align(recipe, checkpoints)
+    examined.unchecked = ("tensors", *AFTER_TENSORS)
+    checkpoints = open_all(recipe.inputs, made, faults)
+    sound = _without(recipe, {str(checkpoint.root) for checkpoint in checkpoints})
+    decisive = [fault.path for fault in faults.of_recipe() if ".parameters" not in fault.path]
+    if not sound.sources or any(path.startswith(SHAPING) for path in decisive):
+        return None
+    alignment = align(sound, checkpoints, faults)
+    examined.unchecked = AFTER_TENSORS
+    if sound is not recipe or any(path.startswith(DECIDING) for path in decisive):
+        return None
     plan = make_plan(
         recipe,
         checkpoints,
         alignment,
         store=options.store,
-        output=Path(os.path.abspath(merge.output or options.out or recipe.output or "merged")),
+        output=_output(merge, options),
         allowed=options.memory if options.memory is not None else DEFAULT_ALLOWED,
         chunk_bytes=options.chunk_bytes,
         shard_bytes=options.shard_bytes,
         before=[found.plan for found in before],
+        faults=faults,
     )
-    return Planned(merge, settle_memory(plan, checkpoints, options.memory, options.workers), checkpoints)
+    examined.unchecked = ()
+    with faults.taken():
+        plan = settle_memory(plan, checkpoints, options.memory, options.workers)
+    return Planned(merge, plan, checkpoints)
 
 
-def _check_way(found: Planned, force: bool) -> Plan | None:
+def _without(recipe: Recipe, opened: AbstractSet[str]) -> Recipe:
+    """The recipe as it is if all its checkpoints could be opened; else without the others, to compare what is there."""
+    if opened >= set(recipe.inputs):
+        return recipe
+    if recipe.slices or recipe.modules:
+        return Recipe(recipe.merge_method, ())
+    models = tuple(
+        spec if spec.importance in opened else replace(spec, importance=None)
+        for spec in recipe.models
+        if spec.model in opened
+    )
+    base = recipe.base_model if recipe.base_model in opened else None
+    heads = recipe.heads if recipe.heads is None or recipe.heads.removeprefix("model:") in opened else "base"
+    return replace(recipe, models=models, base_model=base, heads=heads)
+
+
+def _check_way(found: Planned, force: bool, faults: Faults) -> Plan | None:
     """Refuse what is in the way of one merge; the plan of another that has to go, if there is one."""
-    plan, workspace = found.plan, found.merge.workspace
-    abandoned = _abandoned(workspace, plan, force)
+    plan, workspace, abandoned = found.plan, found.merge.workspace, None
+    with faults.taken():
+        abandoned = abandoned_work(workspace, plan, force)
     if found.merge.output is None and outputs.finished(plan) is None:
-        outputs.check_folder(Path(plan.output), stages.folders_read(plan), _unfinished(workspace))
+        with faults.taken():
+            outputs.check_folder(Path(plan.output), stages.folders_read(plan), unfinished_names(workspace))
     return abandoned
 
 
@@ -296,20 +423,28 @@ def _is_whole(tensor: PlannedTensor, seed: int) -> bool:
     return tensor.action == "merge" and find_method(tensor.method).whole(tensor.job(seed)) is not None
 
 
-def _open_all(paths: Sequence[str], made: Mapping[str, Checkpoint]) -> list[Checkpoint]:
-    """Open every checkpoint, but for those that will be made; what is wrong with several of them is told together."""
+def open_all(
+    paths: Sequence[str], made: Mapping[str, Checkpoint] | None = None, faults: Faults = FIRST
+) -> list[Checkpoint]:
+    """Open every checkpoint, but for those that will be made; what is wrong with several of them is told together.
+
+    Raises
+    ------
+    CheckpointError
+        Unless `faults` keeps it; then those that are sound are returned.
+    """
     opened, errors = [], []
     for path in paths:
         try:
-            checkpoint = made.get(path) or open_checkpoint(Path(path))
+            checkpoint = (made or {}).get(path) or open_checkpoint(Path(path))
             logger.info("'%s': %d tensors in %d files", path, len(checkpoint.tensors), len(checkpoint.files))
             opened.append(checkpoint)
         except CheckpointError as error:
             errors.append(error)
-    if len(errors) > 1:
+    if len(errors) > 1 and not faults.keep:
         raise CheckpointError("\n".join(str(error) for error in errors))
-    if errors:
-        raise errors[0]
+    for each in errors:
+        faults.take(each)
     return opened
 
 
@@ -324,6 +459,7 @@ def make_plan(
     chunk_bytes: int,
     shard_bytes: int | None,
     before: Sequence[Plan] = (),
+    faults: Faults = FIRST,
 ) -> Plan:
     """Decide everything; pure apart from what the arguments hold.
 
@@ -331,7 +467,7 @@ def make_plan(
     ----------
     recipe : Recipe
     checkpoints : sequence of Checkpoint
-        One per `recipe.sources`, in that order.
+        One per `recipe.inputs`, in that order.
     alignment : Alignment
     store : {'virtual', 'copy'}
     output : Path
@@ -339,15 +475,21 @@ def make_plan(
         In bytes; `shard_bytes` None keeps the division of the first checkpoint.
     before : sequence of Plan
         Those of the merges that come before, if any.
+    faults : Faults, optional
+        Takes in what is wrong; where it keeps faults, tensors that have some are left out of the plan.
 
     Raises
     ------
     RecipeError
-        If a tensor gets a setting that is missing or out of bounds.
+        If a tensor gets a setting that is missing or out of bounds, or that its shape does not suit.
     """
     models = _plan_models(recipe, checkpoints, store, {plan.output for plan in before})
-    tensors = plan_tensors(recipe, checkpoints, alignment)
-    groups = _plan_groups(tensors, alignment, checkpoints, shard_bytes)
+    tensors = plan_tensors(checkpoints, alignment, recipe.seed, faults)
+    sound = {tensor.name for tensor in tensors}
+    alignment = replace(alignment, tensors=tuple(t for t in alignment.tensors if t.name in sound))
+    adapter = checkpoints[0].is_adapter
+    # PEFT knows one file only.
+    groups = _plan_groups(tensors, alignment, checkpoints, 1 << 62 if adapter else shard_bytes)
     side = {
         models[number].label: tuple(Source(number, name, checkpoints[number].tensors[name].dtype) for name in names)
         for number, names in sorted(alignment.side.items())
@@ -375,6 +517,7 @@ def make_plan(
         seed=recipe.seed,
         config=alignment.config,
         earlier=earlier,
+        stem="adapter_model" if adapter else "model",
     )
     return stages.split(plan)
 
@@ -394,7 +537,10 @@ def _plan_models(
 ) -> tuple[PlannedModel, ...]:
     bases = {recipe.base_model, *(part.base_model for part in parts_of(recipe))}
     models = []
-    for label, path, checkpoint in zip(labels_of(recipe.sources), recipe.sources, checkpoints, strict=True):
+    roles: dict[str, Literal["base", "model", "importance"]] = dict.fromkeys(recipe.inputs, "importance")
+    roles |= dict.fromkeys(recipe.sources, "model")
+    roles |= {path: "base" for path in bases if path is not None}
+    for label, path, checkpoint in zip(labels_of(recipe.inputs), recipe.inputs, checkpoints, strict=True):
         nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         store: Literal["virtual", "copy"] = "virtual" if path in made else asked
         why = "asked for" if store == "copy" else "local safetensors files, read where they are"
@@ -402,7 +548,7 @@ def _plan_models(
             PlannedModel(
                 label=label,
                 path=path,
-                role="base" if path in bases else "model",
+                role=roles[path],
                 store=store,
                 why="made before, by this recipe" if path in made else why,
                 tensors=len(checkpoint.tensors),
@@ -432,29 +578,44 @@ def labels_of(paths: Sequence[str]) -> list[str]:
     return labels
 
 
-def plan_tensors(recipe: Recipe, checkpoints: Sequence[Checkpoint], alignment: Alignment) -> tuple[PlannedTensor, ...]:
+def plan_tensors(
+    checkpoints: Sequence[Checkpoint], alignment: Alignment, seed: int, faults: Faults = FIRST
+) -> tuple[PlannedTensor, ...]:
     """Every tensor of the output, with the settings that the recipe has for it.
 
     Raises
     ------
     RecipeError
-        If a setting is missing or out of bounds.
+        If a setting is missing or out of bounds, unless `faults` keeps it; then the sound tensors are returned.
     """
     counts = [
         layer_counts(tensor.name for tensor in alignment.tensors if tensor.part == number)
         for number in range(len(alignment.views))
     ]
-    faults = rule_faults(alignment)
+    found: list[Fault] = list(rule_faults(alignment))
     planned = []
     for tensor in alignment.tensors:
         try:
             view = alignment.views[tensor.part]
-            planned.append(_plan_tensor(view, checkpoints, tensor, counts[tensor.part]))
+            made = _plan_tensor(view, checkpoints, tensor, counts[tensor.part])
+            _check_suits(made, seed)
+            planned.append(made)
         except RecipeError as error:
-            faults += error.faults
-    if faults:
-        raise RecipeError(list(dict.fromkeys(faults)))
+            found += error.faults
+    if found:
+        faults.take(RecipeError(list(dict.fromkeys(found))))
     return tuple(planned)
+
+
+def _check_suits(tensor: PlannedTensor, seed: int) -> None:
+    """Have the method say, tensor by tensor, what it can't do with the values given."""
+    if tensor.action == "copy":
+        return
+    job, method = tensor.job(seed), find_method(tensor.method)
+    method.reductions(job)
+    matrix = method.whole(job)
+    if matrix is not None:
+        matrix.peak(job)
 
 
 def _plan_tensor(
@@ -490,6 +651,7 @@ def _plan_tensor(
     wanted = settings(recipe, tensor.name, n_layers, layer=layer, names=names)
     base = None if tensor.base is None else source(tensor.base)
     models = tuple(source(number) for number in tensor.models)
+    importances = tuple(source(number) for number in tensor.importances)
     return PlannedTensor(
         tensor.name,
         tensor.shape,
@@ -502,8 +664,9 @@ def _plan_tensor(
         model_params=tuple(_as_saved(params) for params in wanted.model_params),
         sparsify=wanted.sparsify,
         sparsify_params=tuple(_as_saved(params) for params in wanted.sparsify_params),
-        work=_work_dtype([s.dtype for s in models] + ([base.dtype] if base else [])),
+        work=_work_dtype([s.dtype for s in (*models, *importances)] + ([base.dtype] if base else [])),
         scope=wanted.scope,
+        importances=importances,
     )
 
 
@@ -569,28 +732,6 @@ def _shown_recipe(recipe: Recipe, models: Sequence[PlannedModel]) -> dict[str, A
     shown: dict[str, Any] = shorten(recipe.to_dict())
     shown.pop("output", None)
     return shown
-
-
-def _abandoned(workspace: Workspace, plan: Plan, force: bool) -> Plan | None:
-    """The plan that the workspace's journal belongs to, if it is another one and may be dropped."""
-    if not (workspace.plan_file.exists() and workspace.begun()):
-        return None
-    old = Plan.from_json(workspace.read_plan())
-    if (old.id, old.output, old.version) == (plan.id, plan.output, plan.version):
-        return None
-    if outputs.finished(old) is None and not force:
-        raise WorkspaceError(
-            f"'{workspace.root}' holds unfinished work of another recipe, version or output ('{old.output}'): finish "
-            f"it with `mergepipe run`, drop it with --force, or use another --work"
-        )
-    return old
-
-
-def _unfinished(workspace: Workspace) -> set[str]:
-    """Names that an unfinished run of the workspace's present plan may have left in its output folder."""
-    if not (workspace.plan_file.exists() and workspace.begun()):
-        return set()
-    return outputs.work_names(Plan.from_json(workspace.read_plan()))
 
 
 def write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Checkpoint], announce: Announcer) -> None:

@@ -22,11 +22,11 @@ def model_card(plan: Plan) -> str:
     if plan.sidecar is None:
         return CARRIED.format(version=plan.version, title=method.title)
     models = [m for m in (*plan.models[:1], *plan.merged_before, *plan.models[1:]) if m.role != "carried"]
-    began = [model.label for model in models if not model.made]
+    began = [model.label for model in models if not model.made and model.role != "importance"]
     began += [label for earlier in plan.earlier for label in earlier.models]
     front: dict[str, Any] = {
         "base_model": list(dict.fromkeys(began)),
-        "library_name": "transformers",
+        "library_name": "peft" if plan.stem == "adapter_model" else "transformers",
         "tags": ["merge", "mergepipe", method.name],
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# A merge", ""]
@@ -40,9 +40,9 @@ def model_card(plan: Plan) -> str:
     if method.paper is not None:
         lines += ["", f"Paper: [{method.paper.title}]({method.paper.url})"]
     lines += ["", "## Models", ""]
+    roles = {"base": " (base)", "importance": " (importances)", "model": ""}
     lines += [
-        f"* `{model.label}`{' (base)' if model.role == 'base' else ''}{', a merge itself' if model.made else ''}"
-        for model in models
+        f"* `{model.label}`{roles[model.role]}{', a merge itself' if model.made else ''}" for model in models
     ]
     recipes = [*(earlier.recipe for earlier in plan.earlier), plan.recipe]
     lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True).strip()]

@@ -18,6 +18,7 @@ from typing import Any
 
 from mergepipe.errors import Fault, RecipeError, UsageError, WorkspaceError
 from mergepipe.pipeline.document import apply_overrides, load_documents
+from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.recipe import Recipe, parse_recipe
 from mergepipe.storage.workspace import Workspace
 
@@ -48,7 +49,9 @@ class Merge:
     reads: tuple[str, ...] = ()
 
 
-def load_chain(path: str | os.PathLike[str], work: Path, overrides: Sequence[str] = ()) -> tuple[Merge, ...]:
+def load_chain(
+    path: str | os.PathLike[str], work: Path, overrides: Sequence[str] = (), *, faults: Faults = FIRST
+) -> tuple[Merge, ...]:
     """Read a recipe of one or several documents.
 
     Parameters
@@ -59,6 +62,9 @@ def load_chain(path: str | os.PathLike[str], work: Path, overrides: Sequence[str
         The workspace.
     overrides : sequence of str
         As of `--set`, for the result; those that begin with ``documents[N].`` for document N, counted from 0.
+    faults : Faults, optional
+        Takes in the faults of a single document; where it keeps them, see
+        :func:`mergepipe.pipeline.recipe.load_recipe`. Those of several are raised.
 
     Returns
     -------
@@ -72,7 +78,7 @@ def load_chain(path: str | os.PathLike[str], work: Path, overrides: Sequence[str
     UsageError
         If an override does not fit.
     """
-    return chain_of(load_documents(Path(path)), work, overrides)
+    return chain_of(load_documents(Path(path)), work, overrides, faults=faults)
 
 
 def chain_of(
@@ -81,6 +87,7 @@ def chain_of(
     overrides: Sequence[str] = (),
     *,
     relative_to: str | os.PathLike[str] | None = None,
+    faults: Faults = FIRST,
 ) -> tuple[Merge, ...]:
     """The merges that documents describe; see :func:`load_chain`."""
     given = [dict(document) for document in documents]
@@ -88,25 +95,25 @@ def chain_of(
     given = _overridden(given, last, overrides)
     root = Workspace(work)
     if len(given) == 1:
-        return (Merge("", parse_recipe(given[0], relative_to=relative_to), root, None),)
-    faults, names = _names(given)
+        return (Merge("", parse_recipe(given[0], relative_to=relative_to, faults=faults), root, None),)
+    wrong, names = _names(given)
     folders = {name: str(root.merged(_safe(name))) for number, name in names.items() if number != last}
     reads = [_bound(document, folders)[1] for document in given]
-    order = _order(reads, names, last, faults)
+    order = _order(reads, names, last, wrong)
     merges = []
     for number in order:
         name, label = names.get(number, ""), _label(number, names)
         try:
             recipe = parse_recipe(_bound(given[number], folders)[0], relative_to=relative_to)
         except RecipeError as error:
-            faults += [Fault(f"{label}: {fault.path}", fault.message) for fault in error.faults]
+            wrong += [Fault(f"{label}: {fault.path}", fault.message) for fault in error.faults]
             continue
         workspace = root if number == last else root.merge(_safe(name))
         unread = [names[n] for n in names if n not in order] if number == last else []
         recipe = _noted(recipe, number, last, label, unread)
         merges.append(Merge(name, recipe, workspace, folders.get(name), tuple(sorted(reads[number]))))
-    if faults:
-        raise RecipeError(faults)
+    if wrong:
+        raise RecipeError(wrong)
     return tuple(merges)
 
 

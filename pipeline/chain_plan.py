@@ -8,12 +8,14 @@ id in it, as it would have the headers of files.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mergepipe.errors import CheckpointError, CheckpointNotFoundError, Fault, MergepipeError, RecipeError
+from mergepipe.errors import BudgetError, CheckpointError, CheckpointNotFoundError, Fault, MergepipeError, RecipeError
 from mergepipe.pipeline import outputs
+from mergepipe.pipeline.faults import Faults
 from mergepipe.pipeline.plan import Earlier, Plan
 from mergepipe.storage.checkpoint import Checkpoint, FileInfo, TensorEntry
 
@@ -56,6 +58,37 @@ def is_whole(plan: Plan) -> bool:
 def earlier_of(plans: Sequence[Plan]) -> tuple[Earlier, ...]:
     """What a plan keeps of those that come before it."""
     return tuple(Earlier(plan.recipe, tuple(m.label for m in plan.models if not m.made)) for plan in plans)
+
+
+@contextmanager
+def collected(errors: list[tuple[str, MergepipeError]], name: str) -> Iterator[None]:
+    """Put what ends the block on a list, under the name of a merge, if the rest of a chain can be looked at anyway."""
+    try:
+        yield
+    except (RecipeError, CheckpointError, BudgetError) as error:
+        errors.append((name, error))
+
+
+def take_together(errors: Sequence[tuple[str, MergepipeError]], names: Sequence[str], faults: Faults) -> None:
+    """Raise what is wrong with the merges of a chain as one error, or have each error kept under its merge's name.
+
+    Parameters
+    ----------
+    errors, names
+        As for :func:`raise_together`.
+    faults : Faults
+    """
+    if not faults.keep:
+        raise_together(errors, names)
+    for name, error in errors:
+        if names and isinstance(error, RecipeError):
+            error = RecipeError([Fault(f"{name}: {fault.path}", fault.message) for fault in error.faults])
+        elif names:
+            told = type(error)(f"in the merge '{name}': {error}")
+            if isinstance(error, CheckpointError) and isinstance(told, CheckpointError):
+                told.problems = tuple(f"in the merge '{name}': {text}" for text in error.problems)
+            error = told
+        faults.take(error)
 
 
 def raise_together(errors: Sequence[tuple[str, MergepipeError]], names: Sequence[str]) -> None:

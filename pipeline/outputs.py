@@ -32,6 +32,7 @@ CARD_NAME = "README.md"
 
 SIDECARS = (
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "chat_template.json",
     "chat_template.jinja",
@@ -248,7 +249,7 @@ def publish(plan: Plan, record: Mapping[str, Any]) -> None:
     replace_manifest(plan, record)
     index = plan.layout().index
     if index is None:
-        publish_part(folder / "model.safetensors")
+        publish_part(folder / f"{plan.stem}.safetensors")
     else:
         write_atomic(folder / INDEX_NAME, to_json(index))
 
@@ -261,7 +262,7 @@ def replace_manifest(plan: Plan, record: Mapping[str, Any]) -> None:
 def finished(plan: Plan) -> dict[str, Any] | None:
     """The manifest of the plan's output if that is complete and of this very plan, else None."""
     folder = Path(plan.output)
-    last = folder / (INDEX_NAME if len(plan.groups) > 1 else "model.safetensors")
+    last = folder / (INDEX_NAME if len(plan.groups) > 1 else f"{plan.stem}.safetensors")
     try:
         record: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mergepipe.errors import Fault, RecipeError
+from mergepipe.errors import Fault
 from mergepipe.pipeline.recipe import Parameters
 from mergepipe.pipeline.scope import Scope
 from mergepipe.pipeline.values import MISSING, Filtered, FilterEntry, Gradient, Missing, Scalar, ValueSpec
@@ -50,12 +50,11 @@ class ValueParser:
             message = message[:MAX_MESSAGE] + " …"
         self.faults.append(Fault(path, message))
 
-    def _raise(self) -> None:
-        if not self.faults:
-            return
+    def _shown(self) -> list[Fault]:
+        """As many faults as an error tells."""
         more = len(self.faults) - MAX_FAULTS
         shown = self.faults[:MAX_FAULTS]
-        raise RecipeError([*shown, Fault("$", f"and {more} more faults")] if more > 0 else shown)
+        return [*shown, Fault("$", f"and {more} more faults")] if more > 0 else shown
 
     def _unknown_keys(
         self, mapping: Mapping[Any, Any], path: str, known: Iterable[str], refused: Mapping[str, str] | None = None

@@ -8,15 +8,18 @@ reported once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from mergepipe.errors import RecipeError
+from mergepipe.pipeline.faults import FIRST, Faults, independent
 from mergepipe.pipeline.parse_parts import Entry, PartsParser
 from mergepipe.pipeline.parse_values import nearest
 from mergepipe.pipeline.parts import Part, parts_of
 from mergepipe.pipeline.recipe import ModelSpec, Parameters, Recipe, Rule, SparsifySpec
 from mergepipe.pipeline.scope import Scope
-from mergepipe.tasks.method import MergeMethod
+from mergepipe.tasks.method import REQUIRED, MergeMethod
 
 KEYS = (
     *("merge_method", "base_model", "models", "parameters", "sparsify", "scope", "rules", "dtype", "out_dtype"),
@@ -38,6 +41,12 @@ MERGEKIT_METHODS = (
 """Names that are no slip of the pen, whether or not there is such a method here."""
 
 
+def _stand_ins(scopes: Iterable[Scope]) -> Parameters:
+    """A value for everything that has to be given: with it, the rest of a recipe that lacks some can be looked at."""
+    required = (p for scope in scopes for p in scope.method.parameters if p.default is REQUIRED)
+    return {p.name: 1.0 if p.kind == "number" and p.inside(1.0) else p.minimum or 0.0 for p in required}
+
+
 class RecipeParser(PartsParser):
     """Parses one recipe; relative paths start from the absolute path `root`."""
 
@@ -45,13 +54,13 @@ class RecipeParser(PartsParser):
         super().__init__()
         self.root = root
 
-    def parse(self, document: Mapping[str, Any]) -> Recipe:
+    def parse(self, document: Mapping[str, Any], faults: Faults = FIRST) -> Recipe:
         """The recipe that a document describes.
 
         Raises
         ------
         RecipeError
-            With all faults.
+            With all faults; unless `faults` keeps them, then the recipe is made from the parts that are sound.
         """
         self._unknown_keys(document, "$", KEYS, NOT_MERGED)
         method = self._method(document.get("merge_method"), "$.merge_method")
@@ -69,13 +78,18 @@ class RecipeParser(PartsParser):
             parts["modules"] = self._modules(document["modules"], scopes, base, method)
         parameters = self._parameters(document.get("parameters"), "$.parameters", scopes)
         plain = self._plain_keys(document, [base, *Recipe("", **parts).sources])
-        self._raise()
-        assert method is not None  # or its fault has just been raised
+        at_fault = {fault.path for fault in self.faults}
+        plain = {key: value for key, value in plain.items() if f"$.{key}" not in at_fault}
         fields = plain | {"base_model": base, "parameters": parameters, "sparsify": sparsify, "rules": rules}
-        recipe = Recipe(method.name, **parts, **fields, notes=tuple(self.notes))
-        self._check_whole(recipe, scopes)
-        self._raise()
-        return recipe
+        recipe = Recipe("passthrough" if method is None else method.name, **parts, **fields, notes=tuple(self.notes))
+        before, self.faults = self.faults, []
+        shaping = ("$.slices", "$.modules", *(f"$.{key}" for key in NOT_MERGED))
+        if method is not None and not any(path.startswith(shaping) and ".parameters" not in path for path in at_fault):
+            self._check_whole(recipe, scopes)
+        self.faults = [*before, *independent(self.faults, before)]
+        if self.faults:
+            faults.take(RecipeError(self.faults if faults.keep else self._shown()))
+        return replace(recipe, parameters=_stand_ins(scopes) | parameters) if self.faults else recipe
 
     # -- the plain keys
 
@@ -180,7 +194,7 @@ class RecipeParser(PartsParser):
                 if isinstance(item, Mapping):
                     self._unknown_keys(item, path, ("model", "parameters"))
                 continue
-            self._unknown_keys(item, path, ("model", "parameters"))
+            self._unknown_keys(item, path, ("model", "importance", "parameters"))
             model = self._reference(item["model"], f"{path}.model")
             if model is not None:
                 entries.append((path, item, model))
@@ -202,7 +216,9 @@ class RecipeParser(PartsParser):
             if parameters and model == base and host is not None and host.base != "ignored":
                 message = f"this is the base of {host.name}, no expert, and takes no parameters: drop them"
                 self._fault(f"{path}.parameters", message)
-            specs.append(ModelSpec(model, parameters))
+            raw = item.get("importance")
+            importance = None if raw is None else self._reference(raw, f"{path}.importance")
+            specs.append(ModelSpec(model, parameters, importance=importance))
         return tuple(specs)
 
     # -- methods, sparsifiers, rules
@@ -279,6 +295,11 @@ class RecipeParser(PartsParser):
             self._fault("$.scope", f"has no effect: {thinning} takes no threshold over the whole model")
         if recipe.sparsify is not None and own and all(scope.asked is None for scope in own.values()):
             self._fault("$.sparsify", "has no effect: every part of the recipe merges weights, not task vectors")
+        if scopes and not any(scope.method.importance for scope in scopes):
+            for index, spec in enumerate(recipe.models):
+                if spec.importance is not None:
+                    message = f"has no effect: {scopes[0].method.name} takes no importances (fisher does), leave it out"
+                    self._fault(f"$.models[{index}].importance", message)
         checked = [part for part in parts if part.path in own]
         lacking = [{_last(*lack) for lack in own[part.path].lacking(part.recipe)} for part in checked]
         lacking_everywhere = set.intersection(*lacking) if lacking else set()

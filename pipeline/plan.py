@@ -47,9 +47,9 @@ class PlannedModel:
         Its folder's name, made unique; for messages, statistics and side files.
     path : str
         Absolute.
-    role : {'base', 'model', 'carried'}
-        Whether it is the base (or the primary), one of the models merged, or what an earlier merge or stage has carried
-        over (see :mod:`mergepipe.pipeline.stages`).
+    role : {'base', 'model', 'importance', 'carried'}
+        Whether it is the base (or the primary), one of the models merged, what says how much their elements count, or
+        what an earlier merge or stage has carried over (see :mod:`mergepipe.pipeline.stages`).
     store : {'virtual', 'copy'}
         Kind of its zarr hierarchy.
     why : str
@@ -64,7 +64,7 @@ class PlannedModel:
 
     label: str
     path: str
-    role: Literal["base", "model", "carried"]
+    role: Literal["base", "model", "importance", "carried"]
     store: Literal["virtual", "copy"]
     why: str
     tensors: int
@@ -102,6 +102,8 @@ class PlannedTensor:
         Where its thresholds are taken.
     work : str
         "float32", or "float64" where an input is F64.
+    importances : tuple of Source
+        One per model, for a method that takes them.
     carried : Source or None
         What an earlier merge, or an earlier stage of this one, has carried over.
     offset : int
@@ -121,14 +123,15 @@ class PlannedTensor:
     sparsify_params: tuple[dict[str, Any], ...] = ()
     work: str = "float32"
     scope: str = "tensor"
+    importances: tuple[Source, ...] = ()
     carried: Source | None = None
     offset: int = 0
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """All tensors it is made from, the base first, what was carried over last."""
+        """All tensors it is made from, the base first, importances and what was carried over last."""
         first = () if self.base is None else (self.base,)
-        return (*first, *self.models, *(() if self.carried is None else (self.carried,)))
+        return (*first, *self.models, *self.importances, *(() if self.carried is None else (self.carried,)))
 
     @property
     def output(self) -> OutputTensor:
@@ -195,6 +198,8 @@ class Plan:
     chunk_bytes : int
         Wanted size of a unit.
     seed : int
+    stem : str
+        What the names of the weights files begin with: "model", or "adapter_model" for a LoRA adapter.
     config : dict
         What changes in the sidecar model's `config.json`, besides the dtype: new values, in mappings as deep as theirs.
     earlier : tuple of Earlier
@@ -227,6 +232,7 @@ class Plan:
     seed: int
     config: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[Earlier, ...] = ()
+    stem: str = "model"
     first_stage: Plan | None = None
     merged_before: tuple[PlannedModel, ...] = ()
     norms: tuple[float, ...] = ()
@@ -240,7 +246,7 @@ class Plan:
     def layout(self) -> OutputLayout:
         """The place of every output byte."""
         by_name = {tensor.name: tensor.output for tensor in self.tensors}
-        return lay_out([[by_name[name] for name in group] for group in self.groups], self.metadata)
+        return lay_out([[by_name[name] for name in group] for group in self.groups], self.metadata, self.stem)
 
     def to_json(self) -> bytes:
         """As saved in the workspace."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.pipeline.document import apply_overrides, load_document, read_document
+from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.values import MISSING, Missing, Scalar, ValueSpec, layer_of, resolve, to_plain
 from mergepipe.tasks.method import REQUIRED, MergeMethod, Parameter, Sparsifier
 
@@ -41,17 +42,21 @@ Parameters = dict[str, ValueSpec]
 class ModelSpec:
     """One entry of `models`: the absolute path of a checkpoint, and the parameters given for it alone.
 
-    In a slice, `layer_range` says which of its layers are taken: the first, and one past the last.
+    In a slice, `layer_range` says which of its layers are taken: the first, and one past the last. `importance` is the
+    absolute path of a checkpoint of the same tensors, for methods that take one (`fisher`).
     """
 
     model: str
     parameters: Parameters = field(default_factory=dict)
     layer_range: tuple[int, int] | None = None
+    importance: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a recipe."""
         layers = None if self.layer_range is None else list(self.layer_range)
-        return {"model": self.model} | _given(layer_range=layers, parameters=_plain(self.parameters))
+        return {"model": self.model} | _given(
+            layer_range=layers, importance=self.importance, parameters=_plain(self.parameters)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,13 @@ class Recipe:
         return (self.parameters, *self.outer)
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """All checkpoints that are read: the sources, then the importances of those models that have some."""
+        specs = [*self.models, *(spec for module in self.modules.values() for spec in module.models)]
+        importances = (spec.importance for spec in specs if spec.importance is not None)
+        return tuple(dict.fromkeys([*self.sources, *importances]))
+
+    @property
     def experts(self) -> tuple[ModelSpec, ...]:
         """The models that are merged: without the base where the method takes deltas to it or has it as primary."""
         return self._experts_for(self.merge_method)
@@ -278,6 +290,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     *,
     relative_to: str | os.PathLike[str] | None = None,
+    faults: Faults = FIRST,
 ) -> Recipe:
     """Read a recipe file.
 
@@ -289,6 +302,9 @@ def load_recipe(
         As of `--set`: ``"parameters.lambda=0.5"``; see :func:`apply_overrides`.
     relative_to : path, optional
         What relative paths in the recipe start from; default: the current folder.
+    faults : Faults, optional
+        Takes in the faults; where it keeps them, the recipe comes back without the parts that are at fault, good for
+        looking at its checkpoints and nothing else.
 
     Raises
     ------
@@ -298,7 +314,7 @@ def load_recipe(
         If an override does not fit the recipe.
     """
     document = load_document(Path(path))
-    return parse_recipe(apply_overrides(document, overrides), str(path), relative_to=relative_to)
+    return parse_recipe(apply_overrides(document, overrides), str(path), relative_to=relative_to, faults=faults)
 
 
 def parse_recipe(
@@ -306,6 +322,7 @@ def parse_recipe(
     where: str = "recipe",
     *,
     relative_to: str | os.PathLike[str] | None = None,
+    faults: Faults = FIRST,
 ) -> Recipe:
     """Check a recipe given as YAML text or as plain values.
 
@@ -316,6 +333,8 @@ def parse_recipe(
         What to call it in messages.
     relative_to : path, optional
         What relative paths in the recipe start from; default: the current folder.
+    faults : Faults, optional
+        As for :func:`load_recipe`.
 
     Raises
     ------
@@ -325,7 +344,7 @@ def parse_recipe(
     from mergepipe.pipeline.parsing import RecipeParser
 
     document = read_document(recipe, where) if isinstance(recipe, str) else dict(recipe)
-    return RecipeParser(os.path.abspath(relative_to or os.curdir)).parse(document)
+    return RecipeParser(os.path.abspath(relative_to or os.curdir)).parse(document, faults)
 
 
 def settings(

@@ -521,6 +521,7 @@ class _Run:
             resident=self._is_resident(number),
             shared=self._rounds.state_of(number),
             carried=self._carried(number),
+            importances=[self._source(source) for source in tensor.importances],
             sweeps=group.rounds[which[1]].reductions(job),
             scorer=self._scorer,
         )
@@ -580,6 +581,7 @@ class _Run:
             shared={**self._rounds.state_of(number), **self._given_to(tensor)},
             carried=self._carried(number),
             scorer=self._scorer,
+            importances=[self._source(source) for source in tensor.importances],
         )
 
     def _given_to(self, tensor: PlannedTensor) -> State:

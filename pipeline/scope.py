@@ -101,6 +101,7 @@ class Scope:
             return [*found, ("$.base_model", f"is missing: {self.method.name} needs one")]
         if (count := self.count_fault(len(self.experts(recipe)))) is not None:
             found.append((self.listing if self.rule is None else f"{self.path}.merge_method", count))
+        found += self.lacking_importance(recipe)
         return found + (self.without_effect(recipe) if self.rule is None else []) + self.lacking(recipe)
 
     def idle_sparsifier(self, *, baseless: bool) -> str | None:
@@ -137,6 +138,15 @@ class Scope:
             message = f"has no effect with `{p.stand_in[0]}: {p.stand_in[1]}`: leave one of the two out"
             faults += [(f"{path}.parameters.{p.name}", message) for path, parameters in given if p.name in parameters]
         return faults
+
+    def lacking_importance(self, recipe: Recipe) -> list[tuple[str, str]]:
+        """Path and message for each model without the importances that the method needs."""
+        if not self.method.importance:
+            return []
+        message = (
+            f"is missing: {self.method.name} needs a checkpoint of importances (`importance: FOLDER`) at each model"
+        )
+        return [(f"{path}.importance", message) for path, spec in self.experts(recipe) if spec.importance is None]
 
     def lacking(self, recipe: Recipe) -> list[tuple[str, str]]:
         """Path and message for each parameter without a default that is given nowhere.

@@ -16,6 +16,8 @@ from mergepipe.storage.header import Header, open_regular, parse_json_object, re
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 _MAX_JSON_BYTES = 100_000_000
 
@@ -78,13 +80,18 @@ class Checkpoint:
     tensors : dict of str to TensorEntry
         In order of file, then offset.
     config : dict
-        Contents of ``config.json``; empty if there is none.
+        Contents of ``config.json``, of an adapter those of ``adapter_config.json``; empty if there is none.
     """
 
     root: Path
     files: tuple[FileInfo, ...]
     tensors: dict[str, TensorEntry]
     config: dict[str, Any]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a LoRA adapter as PEFT writes it, not a whole model."""
+        return len(self.files) == 1 and Path(self.files[0].path).name == ADAPTER
 
 
 def file_info(path: str | Path, header_sha256: str = "") -> FileInfo:
@@ -105,8 +112,8 @@ def file_info(path: str | Path, header_sha256: str = "") -> FileInfo:
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open a checkpoint: read and prove every header, read no tensor.
 
-    Taken is ``model.safetensors``; without it the shards that ``model.safetensors.index.json`` names; without that the
-    one ``*.safetensors`` file of the folder.
+    Taken is ``model.safetensors``; without it the shards that ``model.safetensors.index.json`` names; without that
+    ``adapter_model.safetensors``, which makes it an adapter, or the one ``*.safetensors`` file of the folder.
 
     Parameters
     ----------
@@ -137,13 +144,16 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     elif os.path.lexists(root / INDEX):
         weight_map = _read_index(root / INDEX)
         names = sorted(set(weight_map.values()))
+    elif os.path.lexists(root / ADAPTER):
+        names = [ADAPTER]
     else:
         names = [_only_file(root)]
     files, tensors = _read_shards(root, names)
     if weight_map is not None:
         _check_index(root / INDEX, weight_map, files, tensors)
     _check_hierarchy(root, tensors)
-    config = _read_json(root / CONFIG, strict=False) if os.path.lexists(root / CONFIG) else {}
+    about = root / (ADAPTER_CONFIG if names == [ADAPTER] else CONFIG)
+    config = _read_json(about, strict=False) if os.path.lexists(about) else {}
     return Checkpoint(root, files, tensors, config)
 
 

@@ -98,7 +98,7 @@ def group_by_size(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[lis
     return groups
 
 
-def lay_out(groups: Sequence[Sequence[OutputTensor]], metadata: Mapping[str, str]) -> OutputLayout:
+def lay_out(groups: Sequence[Sequence[OutputTensor]], metadata: Mapping[str, str], stem: str = "model") -> OutputLayout:
     """Place every tensor of every group; a group becomes a shard.
 
     Parameters
@@ -107,6 +107,8 @@ def lay_out(groups: Sequence[Sequence[OutputTensor]], metadata: Mapping[str, str
         One group per shard, each in the order wanted; wider element types are moved to the front.
     metadata : mapping of str to str
         The `__metadata__` of each header.
+    stem : str
+        What file names begin with.
 
     Returns
     -------
@@ -128,6 +130,7 @@ def lay_out(groups: Sequence[Sequence[OutputTensor]], metadata: Mapping[str, str
         for tensor in ordered:
             placed.append(PlacedTensor(tensor.name, tensor.dtype, tensor.shape, number, offset, tensor.nbytes))
             offset += tensor.nbytes
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        which = "" if len(groups) == 1 else f"-{number + 1:05d}-of-{len(groups):05d}"
+        name = f"{stem}{which}.safetensors"
         shards.append(ShardLayout(name, header, offset, tuple(placed)))
     return OutputLayout(tuple(shards))

@@ -177,11 +177,12 @@ class Parameter:
                 return value
         if self.kind in ("number", "integer") and isinstance(value, int | float) and not isinstance(value, bool):
             whole = self.kind == "integer"
-            if math.isfinite(value) and (not whole or value == int(value)) and self._inside(value):
+            if math.isfinite(value) and (not whole or value == int(value)) and self.inside(value):
                 return int(value) if whole else float(value)
         raise ValueError(f"expected {self.expected}, found {value!r}")
 
-    def _inside(self, value: float) -> bool:
+    def inside(self, value: float) -> bool:
+        """Whether a number is within the bounds."""
         low = self.minimum is None or value > self.minimum or (value == self.minimum and not self.open_minimum)
         high = self.maximum is None or value < self.maximum or (value == self.maximum and not self.open_maximum)
         return low and high
@@ -294,6 +295,8 @@ class Tile:
         Working memory with undefined contents.
     carried : ndarray, shape (n,), or None
         What an earlier merge, or an earlier stage of this one, has carried over. Not to be modified.
+    importance : ndarray, shape (models, n), or None
+        What each element is to each model, none negative, for a method that takes importances. Not to be modified.
     """
 
     index: int
@@ -302,6 +305,7 @@ class Tile:
     values: Array
     scratch: Array
     carried: Array | None = None
+    importance: Array | None = None
 
 
 @dataclass(slots=True)
@@ -570,6 +574,10 @@ class MergeMethod:
         The method's own parameters that its rounds depend on: tensors that differ in one are not of one group.
     masks : callable or None
         What is kept beside the output for each model; see :data:`Masks`.
+    importance : bool
+        Whether each model comes with a checkpoint of importances: `importance` beside it in the recipe.
+    takes : {'models', 'adapters'}
+        What it merges: whole models, or LoRA adapters, whose pairs belong together.
     scopes : tuple of str
         Where the method itself can take thresholds: "tensor", "model".
     carries : bool
@@ -600,6 +608,8 @@ class MergeMethod:
     rounds: Callable[[Sequence[Job]], tuple[Round, ...]] = no_rounds
     rounds_read: tuple[str, ...] = ()
     masks: Masks | None = None
+    importance: bool = False
+    takes: Literal["models", "adapters"] = "models"
     scopes: tuple[str, ...] = ("tensor",)
     carries: bool = False
     paper: Paper | None = None

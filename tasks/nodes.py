@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mergepipe.errors import NonFiniteError
+from mergepipe.errors import CheckpointError, NonFiniteError
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.manifest import ChunkManifest, Segment
 from mergepipe.storage.readers import Reader
@@ -159,6 +159,8 @@ class TensorWork:
         A device that helps with the reductions that can do with one.
     carried : TensorSource, optional
         What an earlier merge, or an earlier stage of this one, has carried over: a task vector, no model.
+    importances : sequence of TensorSource, optional
+        One per model, for a method that takes them.
     """
 
     steps: tuple[str, ...] = ()
@@ -184,12 +186,14 @@ class TensorWork:
         sweeps: Sequence[Reduction] | None = None,
         scorer: Scorer | None = None,
         carried: TensorSource | None = None,
+        importances: Sequence[TensorSource] = (),
     ) -> None:
         self.job = job
         self.method = method
         self.base = base
         self.carried = carried
         self.models = tuple(models)
+        self.importances = tuple(importances)
         self.out = DTYPES[out_dtype]
         self.units = tuple(units)
         self.sweep_units = self.units if sweep_units is None else tuple(sweep_units)
@@ -210,9 +214,9 @@ class TensorWork:
 
     @property
     def sources(self) -> tuple[TensorSource, ...]:
-        """Everything that is read: the base first, if there is one, and last what was carried over."""
+        """Everything that is read: the base first, if there is one; importances and what was carried over last."""
         first = () if self.base is None else (self.base,)
-        return (*first, *self.models, *(() if self.carried is None else (self.carried,)))
+        return (*first, *self.models, *self.importances, *(() if self.carried is None else (self.carried,)))
 
     def begin(self) -> None:
         """Tell the reader what will be asked for."""
@@ -389,14 +393,29 @@ class TensorWork:
             base = base_row[:n]
             self._check(convert.decode(stored[0][part], self.base.dtype, base), self.base, first)
             rows = stored[1:]
-        rows = rows[: self.job.models]
+        rows, others = rows[: self.job.models], rows[self.job.models :]
         for k, (source, row) in enumerate(zip(self.models, rows, strict=True)):
             if base is not None and self.method.space == "deltas":
                 bad = convert.decode_delta(row[part], source.dtype, base, tile_values[k])
             else:
                 bad = convert.decode(row[part], source.dtype, tile_values[k])
             self._check(bad, source, first)
-        return Tile(index, first, base, tile_values, tile_scratch)
+        importance = self._decode_importances(others, first, part) if self.importances else None
+        return Tile(index, first, base, tile_values, tile_scratch, importance=importance)
+
+    def _decode_importances(self, rows: Sequence[Array], first: int, part: slice) -> Array:
+        n = part.stop - part.start
+        flat = self._buffers.get("importance", (self.job.models * self._longest(),), self.job.work)
+        values = flat[: self.job.models * n].reshape(self.job.models, n)
+        for k, (source, row) in enumerate(zip(self.importances, rows[: len(self.importances)], strict=True)):
+            self._check(convert.decode(row[part], source.dtype, values[k]), source, first)
+            if n and values[k].min() < 0:
+                at = first + int(np.argmin(values[k]))
+                raise CheckpointError(
+                    f"'{source.name}' of the importances '{source.model}' is negative at element {at:,} "
+                    f"({values[k].min():.6g}): expected a diagonal Fisher information or the like, none below 0"
+                )
+        return values
 
     def _segments(self, blocks: tuple[int, int]) -> list[list[Segment]]:
         """For each source, where a run of blocks is."""

@@ -19,6 +19,7 @@ from mergepipe.tasks.methods import (
     della,
     della_linear,
     emr_unified,
+    fisher,
     iso_c,
     iso_cts,
     karcher,
@@ -33,6 +34,7 @@ from mergepipe.tasks.methods import (
     pcb,
     ram,
     ramplus_tl,
+    robustmerge,
     sce,
     scf_rkl,
     slerp,
@@ -50,6 +52,7 @@ METHODS: dict[str, MergeMethod] = {
         nuslerp.METHOD,
         multislerp.METHOD,
         karcher.METHOD,
+        fisher.METHOD,
         task_arithmetic.METHOD,
         ties.METHOD,
         dare_linear.METHOD,
@@ -74,6 +77,7 @@ METHODS: dict[str, MergeMethod] = {
         iso_cts.METHOD,
         dc_merge.METHOD,
         opcm.METHOD,
+        robustmerge.METHOD,
         passthrough.METHOD,
     )
 }

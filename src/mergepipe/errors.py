@@ -58,9 +58,10 @@ class RecipeError(MergepipeError, ValueError):
 
 
 class CheckpointError(MergepipeError, ValueError):
-    """A checkpoint can't be used as it is (exit code 4)."""
+    """A checkpoint can't be used as it is (exit code 4); `problems` are the things told, where those are several."""
 
     exit_code = 4
+    problems: tuple[str, ...] = ()
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

@@ -78,6 +78,7 @@ def merge(
     state: State | None = None,
     tensor: str = "layer.weight",
     seed: int = 0,
+    importances: Sequence[Array] = (),
 ) -> Merged:
     """Merge arrays of the working type.
 
@@ -108,6 +109,9 @@ def merge(
             result.state |= _sweep(found, job, reduction, result.state, models, base, tiles, workers)
     for index in tiles:
         tile = load_tile(found, job, models, base, index)
+        if importances:
+            parts = [one.reshape(-1)[tile.start : tile.start + tile.values.shape[1]] for one in importances]
+            tile.importance = np.stack(parts)
         found.kernel(job, result.state, tile, result.out[tile.start : tile.start + tile.values.shape[1]])
     result.out = result.out.reshape(job.shape)
     return result

@@ -44,6 +44,44 @@ def nuslerp(a: F64, b: F64, t: float, axis: int | None) -> F64:
     return np.where(flat, (1 - t) * a + t * b, arc)
 
 
+def fisher(
+    base: F64 | None,
+    models: Sequence[F64],
+    importances: Sequence[F64],
+    weights: Sequence[float],
+    floor: float = 0.0,
+    plain: bool = False,
+    scale: float = 1.0,
+) -> F64:
+    w = np.array(weights, "f8").reshape(-1, *[1] * models[0].ndim)
+    counted = np.maximum(np.stack(importances), floor)
+    values = np.stack(models) - (0 if base is None else base)
+    divisor = (counted if plain else w * counted).sum(0)
+    mean = (w * values).sum(0) / (len(models) if plain else w.sum())
+    found = np.where(divisor > 0, (w * counted * values).sum(0) / np.where(divisor > 0, divisor, 1), mean)
+    return np.asarray(scale * found + (0 if base is None else base))
+
+
+def robustmerge(
+    downs: Sequence[F64], ups: Sequence[F64], mask_ratio: float = 0.2, att_ratio: float = 0.2, scale: float = 2.0
+) -> tuple[F64, F64]:
+    """A and B of one pair; `downs` are of shape (rank, inputs), `ups` of shape (outputs, rank)."""
+
+    def masked(x: F64) -> F64:
+        least = np.sort(np.abs(x).reshape(-1))[x.size - max(1, int(mask_ratio * x.size))]
+        return np.where(np.abs(x) >= least, x, 0)
+
+    scales = []
+    for down in downs:
+        after = np.abs(masked(down)).sum(1)
+        own = np.where(after > 0, np.abs(down).sum(1) / np.where(after > 0, after, 1), 0)
+        bound = np.sort(own)[min(max(math.ceil((1 - att_ratio) * own.size - 1e-9) - 1, 0), own.size - 1)]
+        scales.append(np.maximum(own, bound))
+    total = np.sum(scales, axis=0)
+    up = np.sum([masked(b) * s for b, s in zip(ups, scales, strict=True)], axis=0) / total
+    return scale * np.sum([masked(a) for a in downs], axis=0), scale * up
+
+
 def multislerp(vectors: Sequence[F64], weights: Sequence[float], eps: float = 1e-8) -> F64:
     """With the way through the tangent space, which leads nowhere."""
     v, w = np.stack(vectors).reshape(len(vectors), -1), np.array(weights)

@@ -60,8 +60,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A base and three fine-tunes of it."""
     folder = tmp_path_factory.mktemp("models")
     base = write_model(folder / "base", 0, None)
+    (folder / "importances").mkdir()
     for seed in (1, 2, 3):
         write_model(folder / f"expert-{seed}", seed, base)
+        found = write_model(folder / "importances" / f"expert-{seed}", 10 + seed, None)
+        squares = {name: value**2 for name, value in found.items()}
+        save_file(squares, folder / "importances" / f"expert-{seed}" / "model.safetensors", {"format": "pt"})
     return [folder / "base", *(folder / f"expert-{seed}" for seed in (1, 2, 3))]
 
 
@@ -80,6 +84,9 @@ def recipe_for(name: str, models: list[Path]) -> dict[str, Any]:
         recipe["base_model"] = str(models[0])
     if "della" in name:
         recipe["rules"] = [NARROW_ONLY]
+    if method.importance:
+        for entry in recipe["models"]:
+            entry["importance"] = str(models[0].parent / "importances" / Path(entry["model"]).name)
     return recipe
 
 
@@ -102,7 +109,7 @@ def hashes(merged: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].takes == "models"))
 def test_chunks_workers_and_stores_do_not_show(name: str, models: list[Path], tmp_path: Path) -> None:
     """Every method: small chunks, large chunks, one worker, several, a copied store, mapped files: the same bytes."""
     recipe = recipe_for(name, models)

@@ -261,3 +261,53 @@ def test_sparsifiers_go_before_these_too(name: str) -> None:
     out = merge(name, models, base, each, sparsify={"method": "magnitude", "density": 0.3}).out
     thinned = [base + reference.magnitude((m - base).astype("f8"), 0.3).astype("f4") for m in models]
     np.testing.assert_allclose(out, merge(name, thinned, base, each).out, atol=2e-5)
+
+
+@WORKS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 3, 10])
+@pytest.mark.parametrize("based", [True, False])
+@pytest.mark.parametrize("plain", [True, False])
+def test_fisher(shape: tuple[int, ...], work: str, count: int, based: bool, plain: bool) -> None:
+    base, models = draw(shape, work, count, seed=8)
+    rng = np.random.default_rng(9)
+    # over many orders of magnitude, and some elements that matter to nobody
+    importances = [(10.0 ** rng.uniform(-30, 2, shape) * (rng.random(shape) > 0.3)).astype(work) for _ in models]
+    weights = np.linspace(0.2, 1, count)
+    each = [{"weight": w} for w in weights]
+    params = {"divide_by": "importance" if plain else "weighted", "lambda": 0.7}
+    merged = merge("fisher", models, base if based else None, each, params, importances=importances)
+    again = merge("fisher", models, base if based else None, each, params, importances=importances, order=4)
+    assert merged.out.tobytes() == again.out.tobytes()
+    if not base.size:
+        return
+    vectors = [base.astype("f8") + d for d in deltas(base, models)] if based else f8(models)
+    expected = reference_more.fisher(
+        base.astype("f8") if based else None, vectors, f8(importances), weights, plain=plain, scale=0.7
+    )
+    close(merged.out, expected, base if based else expected, *models, ulps=2)
+
+
+def test_fisher_takes_what_matters_to_one_model_from_it() -> None:
+    models = [np.full(4, 1, "f4"), np.full(4, 3, "f4")]
+    importances = [np.array([1, 0, 1, 0], "f4"), np.array([0, 1, 1, 0], "f4")]
+    each = [{"weight": 1}, {"weight": 3}]
+    out = merge("fisher", models, None, each, importances=importances).out
+    np.testing.assert_array_equal(out, [1, 3, 2.5, 2.5])
+    floored = merge("fisher", models, None, each, {"floor": 1.0}, importances=importances).out
+    np.testing.assert_array_equal(floored, [2.5] * 4)
+    with pytest.raises(RecipeError, match="all weights of"):
+        merge("fisher", models, None, [{"weight": 0}] * 2, importances=importances)
+
+
+def test_fisher_as_df_merge() -> None:
+    """W0 + T sum F w tau / sum F, by `divide_by: importance` and `lambda: T`."""
+    rng = np.random.default_rng(10)
+    base, *models = rng.normal(size=(4, 30))
+    importances = rng.random((3, 30))
+    weights = [0.3, 0.9, 0.5]
+    each = [{"weight": w} for w in weights]
+    params = {"divide_by": "importance", "lambda": 3.0}
+    out = merge("fisher", models, base, each, params, importances=list(importances)).out
+    top = sum(f * w * (m - base) for f, w, m in zip(importances, weights, models, strict=True))
+    np.testing.assert_allclose(out, base + 3 * top / importances.sum(0), rtol=1e-12)
