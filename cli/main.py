@@ -29,6 +29,7 @@ COMMANDS = {
     "methods": "mergepipe.cli.methods",
     "materialize": "mergepipe.cli.materialize",
     "stability": "mergepipe.cli.stability",
+    "lora-extract": "mergepipe.cli.lora_extract",
     "demo": "mergepipe.cli.demo",
 }
 """Command to the module whose `command` it is, in the order of the help."""
