@@ -56,7 +56,7 @@ def test_readme_lists_every_command() -> None:
     assert sorted(re.findall(r"^\| `mergepipe ([\w-]+)", table, re.MULTILINE)) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize("source", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("source", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/switching.md"])
 def test_documents_use_options_that_exist(source: str) -> None:
     text = (ROOT / source).read_text()
     for name, words in re.findall(r"\b(?:mergepipe )?([a-z-]+)((?: [^\s`|#&]+)* --?[^\n`|#&]*)", text):
@@ -66,11 +66,13 @@ def test_documents_use_options_that_exist(source: str) -> None:
             assert used <= known, f"{source}: mergepipe {name}{words}"
 
 
-def test_recipes_of_the_readme_load() -> None:
-    recipes = [text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "merge_method" in text]
+@pytest.mark.parametrize("source", ["README.md", "docs/switching.md"])
+def test_recipes_of_documents_load(source: str) -> None:
+    text = (ROOT / source).read_text()
+    recipes = [recipe for recipe in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "merge_method" in recipe]
     assert recipes
-    for text in recipes:
-        assert parse_recipe(text, "README.md").merge_method in METHODS
+    for recipe in recipes:
+        assert parse_recipe(recipe, source).merge_method in METHODS
 
 
 def test_help_loads_no_large_library() -> None:

@@ -238,7 +238,8 @@ BY_HEADERS = {
         {"models": [{"model": "./expert-0"}, {"model": "./expert-0"}]},
     ),
     "layers past the end": Row(
-        "fails in the run, tensor not named by model", nothing, 4, ("/expert-0", "layer", "2"),
+        "fails in the run, tensor not named by model", nothing, 4,
+        ("$.slices[0]", "/expert-0", "which has 0 to 1", "layer_range"),
         {
             "merge_method": "passthrough", "base_model": None, "models": None, "parameters": None,
             "slices": [{"sources": [{"model": "./expert-0", "layer_range": [0, 9]}]}],
