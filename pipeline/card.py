@@ -41,9 +41,7 @@ def model_card(plan: Plan) -> str:
         lines += ["", f"Paper: [{method.paper.title}]({method.paper.url})"]
     lines += ["", "## Models", ""]
     roles = {"base": " (base)", "importance": " (importances)", "model": ""}
-    lines += [
-        f"* `{model.label}`{roles[model.role]}{', a merge itself' if model.made else ''}" for model in models
-    ]
+    lines += [f"* `{model.label}`{roles[model.role]}{', a merge itself' if model.made else ''}" for model in models]
     recipes = [*(earlier.recipe for earlier in plan.earlier), plan.recipe]
     lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True).strip()]
     lines += ["```", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "model.layers.0.self_attn.q_proj.weight": (9, 12),
     "model.norm.weight": (12,),
 }
+
+ADAPTER = {"A": (2, 12), "B": (9, 2)}
 
 
 def sections() -> list[tuple[str, str]]:
@@ -79,6 +82,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in zip(names, (base, *experts), strict=True):
         write(folder / name, model)
         assert all(np.isfinite(value).all() for value in model.values())
+    for name, model in zip(("importance-a", "importance-b"), experts, strict=False):
+        write(folder / name, {tensor: np.abs(value) for tensor, value in model.items()})
+    rng = np.random.default_rng(6)
+    for name in ("adapter-a", "adapter-b"):
+        pair = {f"base_model.model.q.lora_{side}.weight": rng.normal(size=shape) for side, shape in ADAPTER.items()}
+        write(folder / name, pair)
+        (folder / name / "model.safetensors").rename(folder / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+        (folder / name / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
