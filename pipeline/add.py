@@ -157,6 +157,8 @@ def _check_recipe(old: Plan, path: str) -> None:
             faults.append(f"'{tensor.name}' is merged by {tensor.method}")
         elif tensor.action == "copy" and tensor.base is not None and tensor.base.model:
             faults.append(f"'{tensor.name}' comes from '{old.models[tensor.base.model].label}'")
+    if "tokenizer" in old.recipe or "tokenizer_source" in old.recipe:
+        faults.append("the recipe puts vocabularies together (`tokenizer_source`)")
     if old.side:
         faults.append("models keep heads of their own (`heads: separate`)")
     if any(

@@ -24,6 +24,7 @@ from mergepipe.pipeline.heads import head_of, is_lm_head, ties
 from mergepipe.pipeline.recipe import ModelSpec, Recipe
 from mergepipe.pipeline.stacked import Stack
 from mergepipe.pipeline.stacking import View, views_of
+from mergepipe.pipeline.vocabulary_tensors import vocabulary_tensors
 from mergepipe.storage.dtypes import DTYPES
 
 if TYPE_CHECKING:
@@ -439,14 +440,16 @@ class _Aligner:
         different = [index for index, entry in owners.items() if entry.shape != owners[0].shape]
         if different:
             text = f"'{name}' is {self._described(owners, different, lambda entry: str(entry.shape))}"
-            return self._misfit(name, text, vocabulary=_is_vocabulary(name, owners[0], owners[different[0]]))
+            axis = vocabulary_tensors(self.checkpoints).get(name)
+            rows_only = axis is not None and len({entry.shape[axis + 1 :] for entry in owners.values()}) == 1
+            return self._misfit(name, text, vocabulary=rows_only)
         return True
 
     def _misfit(self, name: str, text: str, *, vocabulary: bool = False) -> Literal[False]:
+        if vocabulary and self.recipe.tokenizer is None:
+            return self._problem(text, "for vocabularies that differ, say `tokenizer_source: union` or `base`")
         if head_of(name) is not None and self.recipe.heads is None:
             self._problem(text, "for heads that differ, say `heads: base`, `separate` or `model:<path>`")
-        if vocabulary:
-            self._problem(text, "this version does not merge vocabularies: use models of one tokenizer")
         if self.checkpoints[0].is_adapter:
             return self._problem(
                 text, "adapters are merged pair by pair: train or extract all for one rank and modules"
@@ -523,11 +526,6 @@ def _join(target: dict[str, Any], more: Mapping[str, Any]) -> None:
             _join(target.setdefault(key, {}), value)
         else:
             target[key] = value
-
-
-def _is_vocabulary(name: str, one: TensorEntry, other: TensorEntry) -> bool:
-    words = ("embed", "lm_head", "wte", "shared.weight")
-    return any(word in name for word in words) and one.shape[1:] == other.shape[1:] != ()
 
 
 def _some(names: Sequence[str], limit: int) -> str:

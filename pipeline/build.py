@@ -10,10 +10,12 @@ Up to the last step nothing is written, unless a copy store is asked for, which 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -33,6 +35,7 @@ from mergepipe.errors import (
 )
 from mergepipe.pipeline import outputs, stages
 from mergepipe.pipeline.align import AlignedTensor, Alignment, align
+from mergepipe.pipeline.beside import BesideFiles, files_beside
 from mergepipe.pipeline.chain import Merge, check_dropped, load_chain
 from mergepipe.pipeline.chain_plan import collected, earlier_of, is_whole, made_checkpoint, take_together
 from mergepipe.pipeline.events import Announcer, CopyProgress, Listener, Note
@@ -40,6 +43,7 @@ from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.handover import SHARDS_OPEN
 from mergepipe.pipeline.inputs import check_inputs
 from mergepipe.pipeline.machine import available_bytes, cpu_count
+from mergepipe.pipeline.masks import refuse_gathered
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
 from mergepipe.pipeline.obstacles import abandoned_work, unfinished_names
 from mergepipe.pipeline.parsing import NOT_MERGED
@@ -48,9 +52,11 @@ from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTens
 from mergepipe.pipeline.recipe import Recipe, settings
 from mergepipe.pipeline.schedule import schedule
 from mergepipe.pipeline.scope import rule_faults
-from mergepipe.pipeline.space import check_room, copies_need, output_need, statistics_need
+from mergepipe.pipeline.space import Need, check_room, copies_need, output_need, statistics_need
 from mergepipe.pipeline.stacking import View
 from mergepipe.pipeline.values import layer_counts
+from mergepipe.pipeline.vocabulary import Vocabulary, merge_vocabularies
+from mergepipe.pipeline.vocabulary_rows import PlannedVocabulary, planned_vocabulary, write_rows
 from mergepipe.storage.atomic import fsync_path, write_atomic
 from mergepipe.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from mergepipe.storage.copied import copy_store
@@ -65,7 +71,7 @@ logger = logging.getLogger(__name__)
 
 StoreKind = Literal["auto", "virtual", "copy"]
 
-SHAPING = ("$.rules", "$.heads", "$.slices", "$.modules", *(f"$.{key}" for key in NOT_MERGED))
+SHAPING = ("$.rules", "$.heads", "$.slices", "$.modules", "$.tokenizer", *(f"$.{key}" for key in NOT_MERGED))
 """Parts of a recipe that say which tensors are made: with a fault there, but for parameters, they are not compared."""
 
 DECIDING = (*SHAPING, "$.merge_method", "$.base_model", "$.models", "$.sparsify")
@@ -262,6 +268,8 @@ class Planned:
     merge: Merge
     plan: Plan
     checkpoints: Sequence[Checkpoint]
+    vocabulary: Vocabulary | None
+    beside: BesideFiles
 
 
 def _read_by(merge: Merge, planned: Sequence[Planned]) -> list[Planned]:
@@ -292,14 +300,27 @@ def _plan_merge(
     decisive = [fault.path for fault in faults.of_recipe() if ".parameters" not in fault.path]
     if not sound.sources or any(path.startswith(SHAPING) for path in decisive):
         return None
-    alignment = align(sound, checkpoints, faults)
+    vocabulary, beside, fitted = None, BesideFiles(), list(checkpoints)
+    if sound is recipe:
+        told = len(faults.errors)
+        with faults.taken(), tempfile.TemporaryDirectory(prefix="mergepipe-build-") as name:
+            wants_files = recipe.tokenizer is not None or recipe.chat_template is not None
+            staged = _staged(before, Path(name)) if wants_files else {}
+            vocabulary = merge_vocabularies(recipe, checkpoints[: len(recipe.sources)], staged)
+            beside = files_beside(recipe, vocabulary, staged)
+        if len(faults.errors) > told:
+            return None
+        fitted = fitted if vocabulary is None else vocabulary.fitted(checkpoints)
+    alignment = align(sound, fitted, faults)
     examined.unchecked = AFTER_TENSORS
     if sound is not recipe or any(path.startswith(DECIDING) for path in decisive):
         return None
     plan = make_plan(
         recipe,
-        checkpoints,
+        fitted,
         alignment,
+        vocabulary=None if vocabulary is None else planned_vocabulary(vocabulary, checkpoints),
+        beside=beside,
         store=options.store,
         output=_output(merge, options),
         allowed=options.memory if options.memory is not None else DEFAULT_ALLOWED,
@@ -310,8 +331,22 @@ def _plan_merge(
     )
     examined.unchecked = ()
     with faults.taken():
+        refuse_gathered(plan)
         plan = settle_memory(plan, checkpoints, options.memory, options.workers)
-    return Planned(merge, plan, checkpoints)
+    return Planned(merge, plan, checkpoints, vocabulary, beside)
+
+
+def _staged(before: Sequence[Planned], folder: Path) -> dict[str, Path]:
+    """The files beside weights that are yet to be made, as they will be, by the folder of each merge."""
+    staged: dict[str, Path] = {}
+    for number, found in enumerate(before):
+        target = folder / str(number)
+        target.mkdir()
+        if found.plan.sidecar is not None:
+            source = found.plan.models[found.plan.sidecar].path
+            outputs.put_beside(found.plan, staged.get(source) or Path(source), target, found.beside.contents)
+        staged[found.plan.output] = target
+    return staged
 
 
 def _without(recipe: Recipe, opened: AbstractSet[str]) -> Recipe:
@@ -346,6 +381,11 @@ def _check_disks(planned: Sequence[Planned], announce: Announcer) -> None:
     needs = [copies_need(found.plan, found.merge.workspace) for found in planned]
     waiting = [found for found in planned if outputs.finished(found.plan) is None]
     needs += [statistics_need(found.plan, found.merge.workspace) for found in waiting]
+    needs += [
+        Need(found.merge.workspace.root, found.plan.vocabulary.made_bytes, "what is made of rows that models lack")
+        for found in planned
+        if found.plan.vocabulary is not None
+    ]
     needs += [
         replace(output_need(found.plan, _head_bytes(found)), what=f"what the earlier merge '{found.merge.name}' makes")
         for found in waiting
@@ -388,7 +428,7 @@ def _install(found: Planned, abandoned: Plan | None, announce: Announcer) -> Non
             workspace.forget_progress()
             shutil.rmtree(found.merge.output, ignore_errors=True)
     _withdraw(workspace, plan)
-    write_workspace(workspace, plan, found.checkpoints, announce)
+    write_workspace(workspace, plan, found.checkpoints, announce, found.vocabulary, found.beside)
 
 
 def settle_memory(plan: Plan, checkpoints: Sequence[Checkpoint], memory: str | int | None, workers: int | None) -> Plan:
@@ -460,6 +500,8 @@ def make_plan(
     shard_bytes: int | None,
     before: Sequence[Plan] = (),
     faults: Faults = FIRST,
+    vocabulary: PlannedVocabulary | None = None,
+    beside: BesideFiles | None = None,
 ) -> Plan:
     """Decide everything; pure apart from what the arguments hold.
 
@@ -477,6 +519,10 @@ def make_plan(
         Those of the merges that come before, if any.
     faults : Faults, optional
         Takes in what is wrong; where it keeps faults, tensors that have some are left out of the plan.
+    vocabulary : PlannedVocabulary, optional
+        Where rows of vocabulary-indexed tensors come from; `checkpoints` have the shapes that follow.
+    beside : BesideFiles, optional
+        What is written beside the weights in place of the first checkpoint's files.
 
     Raises
     ------
@@ -497,10 +543,13 @@ def make_plan(
     shown = _shown_recipe(recipe, models)
     earlier = earlier_of(before)
     recipes = [*(one.recipe for one in earlier), shown]
+    beside = beside or BesideFiles()
+    config = copy.deepcopy(alignment.config)
+    outputs.put_values(config, beside.config)
     metadata = {"format": "pt", "mergepipe.recipe": json.dumps(recipes if earlier else shown, sort_keys=True)}
     plan = Plan(
         format=PLAN_FORMAT,
-        id=plan_id(tensors, models, groups, metadata, side, recipe.seed, alignment.config),
+        id=plan_id(tensors, models, groups, metadata, side, recipe.seed, config, vocabulary),
         version=version("mergepipe"),
         recipe=shown,
         models=models,
@@ -511,13 +560,15 @@ def make_plan(
         side=side,
         sidecar=0,
         dtype=recipe.output_dtype,
-        notes=(*recipe.notes, *alignment.notes, *_idle_rules(recipe, tensors)),
+        notes=(*recipe.notes, *beside.notes, *alignment.notes, *_idle_rules(recipe, tensors)),
         allowed=allowed,
         chunk_bytes=chunk_bytes,
         seed=recipe.seed,
-        config=alignment.config,
+        config=config,
         earlier=earlier,
         stem="adapter_model" if adapter else "model",
+        vocabulary=vocabulary,
+        beside=beside.beside,
     )
     return stages.split(plan)
 
@@ -734,8 +785,15 @@ def _shown_recipe(recipe: Recipe, models: Sequence[PlannedModel]) -> dict[str, A
     return shown
 
 
-def write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Checkpoint], announce: Announcer) -> None:
-    """Make the stores of all models, and write the plan last of all; for the holder of the lock.
+def write_workspace(
+    workspace: Workspace,
+    plan: Plan,
+    checkpoints: Sequence[Checkpoint],
+    announce: Announcer,
+    vocabulary: Vocabulary | None = None,
+    beside: BesideFiles | None = None,
+) -> None:
+    """Make the stores of all models and what else a run reads, and write the plan last of all; for the lock's holder.
 
     Parameters
     ----------
@@ -744,8 +802,23 @@ def write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Chec
     checkpoints : sequence of Checkpoint
         Of the plan's models; what a first stage will make comes after them and has none yet.
     announce : Announcer
+    vocabulary : Vocabulary, optional
+        Whose row maps and made rows are wanted.
+    beside : BesideFiles, optional
     """
+    manifests = _write_stores(workspace, plan, checkpoints, announce)
+    if vocabulary is not None:
+        write_rows(workspace.vocabulary, vocabulary, checkpoints, manifests)
+    workspace.write_beside({} if beside is None else beside.contents)
+    workspace.write_plan(plan.to_json())
+
+
+def _write_stores(
+    workspace: Workspace, plan: Plan, checkpoints: Sequence[Checkpoint], announce: Announcer
+) -> dict[int, ChunkManifest]:
+    """Make the stores of all models but those to be made; their manifests, by number of the model."""
     keep = {workspace.store(number, model.label) for number, model in enumerate(plan.models)}
+    manifests = {}
     for number, (model, checkpoint) in enumerate(zip(plan.models, checkpoints, strict=False)):
         folder = workspace.store(number, model.label)
         manifest_file = workspace.manifest_file(number, model.label)
@@ -757,6 +830,7 @@ def write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Chec
                 mend = bool(workspace.damaged(number, model.label)) or not _is_untouched(manifest_file)
                 if not mend:
                     announce(Note(f"'{model.label}' is copied already: kept"))
+                    manifests[number] = ChunkManifest.load(manifest_file)
                     continue
                 announce(
                     Note(f"the copy of '{model.label}' is damaged: all its chunks are checked, bad ones made anew")
@@ -766,11 +840,12 @@ def write_workspace(workspace: Workspace, plan: Plan, checkpoints: Sequence[Chec
         manifest = _make_store(model, checkpoint, folder, plan.chunk_bytes, announce, mend=mend)
         manifest.save(manifest_file)
         workspace.unmark_damage(number, model.label)
+        manifests[number] = manifest
         if manifest.kind == "virtual":
             references = json.dumps(kerchunk_references(manifest)).encode()
             (folder / "kerchunk.json").write_bytes(references)
     workspace.forget_stores(keep)
-    workspace.write_plan(plan.to_json())
+    return manifests
 
 
 def _begun_before(folder: Path, model: PlannedModel, chunk_bytes: int) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mergepipe.errors import WorkspaceError
+from mergepipe.errors import Fault, RecipeError, WorkspaceError
 from mergepipe.pipeline.outputs import TASKS_FOLDER
 from mergepipe.pipeline.plan import Plan
 from mergepipe.storage.bits import MaskWriter, mask_layout, masks_exist, reserve_masks
@@ -48,6 +48,22 @@ def mask_bytes(plan: Plan) -> dict[int, int]:
         model: PAGE_BYTES + sum(math.prod(plan.tensors[number].shape) // 8 + TENSOR_BYTES for number in members)
         for model, members in masked_tensors(plan).items()
     }
+
+
+def refuse_gathered(plan: Plan) -> None:
+    """Masks are put together again with the base's own rows: they must be the ones that were merged.
+
+    Raises
+    ------
+    RecipeError
+        If the base of a tensor with masks is read with the rows of another vocabulary.
+    """
+    for tensor in plan.tensors:
+        masked = tensor.action == "merge" and METHODS[tensor.method].masks is not None
+        if masked and tensor.base is not None and plan.is_gathered(tensor.base):
+            what = f"{tensor.method} keeps masks over the base's own rows, and '{tensor.name}' would have others"
+            remedy = f"give it a rule with another method, such as {{match: '{tensor.name}', merge_method: linear}}"
+            raise RecipeError([Fault("$.tokenizer_source", f"{what}: {remedy}")])
 
 
 class TaskMasks:

@@ -99,7 +99,7 @@ def work_names(plan: Plan) -> set[str]:
     """Names that an unfinished run of this plan may have left in the output folder; a kill may come at the very end."""
     shards = {f"{shard.file}{end}" for shard in plan.layout().shards for end in ("", ".part")}
     beside = set() if plan.sidecar is None else {p.name for p in _sidecars(Path(plan.models[plan.sidecar].path))}
-    beside |= first_names(plan)
+    beside |= first_names(plan) | set(plan.beside.files)
     return shards | beside | {HEADS_FOLDER, TASKS_FOLDER, CARD_NAME, MANIFEST_NAME, INDEX_NAME}
 
 
@@ -139,16 +139,22 @@ def remove_work(plan: Plan) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sidecars(source: Path) -> list[Path]:
-    """Files and folders of a model that are copied beside the weights."""
+def _sidecars(source: Path, withheld: Iterable[str] = ()) -> list[Path]:
+    """Files and folders of a model that are copied beside the weights; without those of some patterns."""
     found = [path for pattern in SIDECARS for path in sorted(source.glob(pattern)) if path.is_file()]
     folders = [source / name for name in SIDECAR_FOLDERS if (source / name).is_dir()]
+    found, folders = (
+        [path for path in paths if not any(path.match(pattern) for pattern in withheld)] for paths in (found, folders)
+    )
     return [path for path in found if not path.name.endswith((".safetensors", ".bin", ".part"))] + folders
 
 
-def copy_sidecars(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
-    """Copy configuration and tokenizer files; `changes`, as deep as it is, replace values of `config.json`."""
-    for path in _sidecars(source):
+def copy_sidecars(source: Path, target: Path, changes: Mapping[str, Any], withheld: Iterable[str] = ()) -> None:
+    """Copy configuration and tokenizer files; `changes`, as deep as it is, replace values of `config.json`.
+
+    Files that match a pattern of `withheld` are not copied.
+    """
+    for path in _sidecars(source, tuple(withheld)):
         if path.is_dir():
             _copy_folder(path, target / path.name)
             continue
@@ -240,11 +246,39 @@ def manifest(
     }
 
 
-def publish(plan: Plan, record: Mapping[str, Any]) -> None:
-    """Put everything beside the weights, and the index (or the single file's name) last."""
+def put_beside(plan: Plan, source: Path, folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Put configuration and tokenizer files into a folder.
+
+    Parameters
+    ----------
+    plan : Plan
+    source : Path
+        Where the files of the model `plan.sidecar` are.
+    folder : Path
+        Must exist.
+    contents : mapping of str to bytes
+        Of the files that `plan.beside` names.
+    """
+    copy_sidecars(source, folder, config_changes(plan), plan.beside.withheld)
+    for name in plan.beside.files:
+        write_atomic(folder / name, contents[name])
+
+
+def publish(plan: Plan, record: Mapping[str, Any], beside: Path) -> None:
+    """Put everything beside the weights, and the index (or the single file's name) last.
+
+    Parameters
+    ----------
+    plan : Plan
+    record : mapping
+        The manifest.
+    beside : Path
+        Folder of the files that `plan.beside` names.
+    """
     folder = Path(plan.output)
     if plan.sidecar is not None:
-        copy_sidecars(Path(plan.models[plan.sidecar].path), folder, config_changes(plan))
+        contents = {name: (beside / name).read_bytes() for name in plan.beside.files}
+        put_beside(plan, Path(plan.models[plan.sidecar].path), folder, contents)
     write_atomic(folder / CARD_NAME, model_card(plan).encode())
     replace_manifest(plan, record)
     index = plan.layout().index

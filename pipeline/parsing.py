@@ -19,16 +19,16 @@ from mergepipe.pipeline.parse_values import nearest
 from mergepipe.pipeline.parts import Part, parts_of
 from mergepipe.pipeline.recipe import ModelSpec, Parameters, Recipe, Rule, SparsifySpec
 from mergepipe.pipeline.scope import Scope
+from mergepipe.pipeline.tokenizer_keys import parse_chat_template, parse_tokenizer
 from mergepipe.tasks.method import REQUIRED, MergeMethod
 
 KEYS = (
     *("merge_method", "base_model", "models", "parameters", "sparsify", "scope", "rules", "dtype", "out_dtype"),
-    *("tokenizer_source", "chat_template", "seed", "heads", "output", "name"),
+    *("tokenizer_source", "tokenizer", "chat_template", "seed", "heads", "output", "name"),
     *("slices", "modules"),
 )
 
 NOT_MERGED = {
-    "tokenizer": "this version does not merge vocabularies: it copies the base's tokenizer (`tokenizer_source: base`)",
     "outputs": "this version writes one output per run: give each its own recipe",
 }
 """Keys that the dialect has and this version refuses, with the reason."""
@@ -108,17 +108,9 @@ class RecipeParser(PartsParser):
             "output": self._optional(document, "output", self._path),
             "name": self._optional(document, "name", self._text),
             "scope": self._scope(document.get("scope", "tensor")),
-            "tokenizer_source": self._one_of(
-                document, "tokenizer_source", "base", "this version copies the base's tokenizer"
-            ),
-            "chat_template": self._one_of(document, "chat_template", "auto", "this version copies the base's template"),
+            "tokenizer": parse_tokenizer(document, self._fault, self._reference),
+            "chat_template": parse_chat_template(document.get("chat_template"), self._fault),
         }
-
-    def _one_of(self, document: Mapping[str, Any], key: str, only: str, reason: str) -> str | None:
-        raw = document.get(key)
-        if raw is not None and raw != only:
-            self._fault(f"$.{key}", f"expected '{only}', found {raw!r}: {reason}")
-        return None if raw is None else only
 
     def _dtype(self, raw: object, path: str) -> str | None:
         from mergepipe.storage.dtypes import MERGED_ALIASES

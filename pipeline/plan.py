@@ -17,6 +17,8 @@ import numpy as np
 import pydantic
 
 from mergepipe.errors import WorkspaceError
+from mergepipe.pipeline.beside import Beside
+from mergepipe.pipeline.vocabulary_rows import PlannedVocabulary
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.layout import OutputLayout, OutputTensor, lay_out
 from mergepipe.tasks.method import Job
@@ -212,6 +214,10 @@ class Plan:
         Of a first stage: the norms of their task vectors.
     added : str or None
         The model that was added, if the plan adds one to a finished merge: its path.
+    vocabulary : PlannedVocabulary or None
+        Which rows of vocabulary-indexed tensors come from where, if they are not all read as they lie.
+    beside : Beside
+        What differs between the files beside the weights and those of the model `sidecar`.
     """
 
     format: int
@@ -237,11 +243,17 @@ class Plan:
     merged_before: tuple[PlannedModel, ...] = ()
     norms: tuple[float, ...] = ()
     added: str | None = None
+    vocabulary: PlannedVocabulary | None = None
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def stages(self) -> tuple[Plan, ...]:
         """What is carried out, in order: a first stage if there is one, then the plan itself."""
         return (self,) if self.first_stage is None else (self.first_stage, self)
+
+    def is_gathered(self, source: Source) -> bool:
+        """Whether the rows of an input are gathered from several places."""
+        return self.vocabulary is not None and self.vocabulary.is_gathered(source.model, source.name)
 
     def layout(self) -> OutputLayout:
         """The place of every output byte."""
@@ -283,6 +295,7 @@ def plan_id(
     side: Mapping[str, tuple[Source, ...]],
     seed: int,
     config: Mapping[str, Any],
+    vocabulary: PlannedVocabulary | None = None,
 ) -> str:
     """Hash of everything that the output's bytes depend on; folders, memory, chunks and workers are not among it."""
     record = {
@@ -295,6 +308,8 @@ def plan_id(
         "seed": seed,
         "config": dict(config),
     }
+    if vocabulary is not None:
+        record["vocabulary"] = vocabulary.digest
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.pipeline.document import apply_overrides, load_document, read_document
 from mergepipe.pipeline.faults import FIRST, Faults
+from mergepipe.pipeline.tokenizer_keys import TokenizerSpec
 from mergepipe.pipeline.values import MISSING, Missing, Scalar, ValueSpec, layer_of, resolve, to_plain
 from mergepipe.tasks.method import REQUIRED, MergeMethod, Parameter, Sparsifier
 
@@ -156,6 +157,10 @@ class Recipe:
         "bfloat16" and the like; `output_dtype` says which counts.
     heads : str or None
         "base", "separate", "model:<absolute path>", or None: heads of different shape are an error.
+    tokenizer : TokenizerSpec or None
+        Which vocabulary the merge has; None keeps the base's, and that of all models must be of one size.
+    chat_template : str or None
+        "auto", the name of a built-in template, or a template; None keeps the base's.
     notes : tuple of str
         What the recipe says that has no effect here.
     """
@@ -172,7 +177,7 @@ class Recipe:
     heads: str | None = None
     output: str | None = None
     name: str | None = None
-    tokenizer_source: str | None = None
+    tokenizer: TokenizerSpec | None = None
     chat_template: str | None = None
     scope: str = "tensor"
     notes: tuple[str, ...] = ()
@@ -253,7 +258,8 @@ class Recipe:
         plain |= _given(sparsify=None if self.sparsify is None else self.sparsify.to_dict())
         plain |= _given(rules=[rule.to_dict() for rule in self.rules])
         plain |= _given(dtype=self.dtype, out_dtype=self.out_dtype, heads=self.heads)
-        plain |= _given(tokenizer_source=self.tokenizer_source, chat_template=self.chat_template)
+        plain |= {} if self.tokenizer is None else self.tokenizer.to_dict()
+        plain |= _given(chat_template=self.chat_template)
         plain |= {"scope": self.scope, "seed": self.seed}
         return plain | _given(output=self.output, name=self.name)
 

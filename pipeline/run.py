@@ -58,6 +58,7 @@ from mergepipe.pipeline.schedule import ScheduledTensor, ceiling_of, held_for_ma
 from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.side_heads import SideHeads
 from mergepipe.pipeline.space import statistics_need
+from mergepipe.pipeline.vocabulary_rows import gathered_manifests
 from mergepipe.storage.atomic import no_room_errors
 from mergepipe.storage.ballast import Ballast
 from mergepipe.storage.journal import Journal, read_journal
@@ -198,7 +199,7 @@ def run(
             manifest = stages.joined(_carry_out(plan, workspace, how, announce, stages.scaling(first)), first)
         if diagnostics:
             _compare(manifest, plan, workspace, ceiling, manifest["device"], ended, announce)
-        outputs.publish(plan, manifest)
+        outputs.publish(plan, manifest, workspace.beside)
         _hand_over_single(plan, workspace, on_shard)
         announce(RunFinished(plan.output, manifest["seconds"]))
     return Result(Path(plan.output), manifest)
@@ -239,7 +240,7 @@ def _first_stage(plan: Plan, first: Plan, workspace: Workspace, how: _How, annou
         outputs.check_folder(Path(plan.output), stages.folders_read(plan), ours)
         workspace.first_stage.root.mkdir(exist_ok=True)
         record = _carry_out(first, workspace.first_stage, replace(how, on_shard=None), announce)
-        outputs.publish(first, record)
+        outputs.publish(first, record, workspace.beside)
     stages.open_carried(plan, workspace, anew=made)
     return record
 
@@ -295,9 +296,10 @@ class _Run:
         self.workers = how.ceiling.workers
         self.sha256 = how.sha256
         self.on_shard = how.on_shard
-        self.manifests = [
+        stores = [
             ChunkManifest.load(workspace.manifest_file(number, model.label)) for number, model in enumerate(plan.models)
         ]
+        self.manifests = gathered_manifests(workspace.vocabulary, plan.vocabulary, stores)
         check_inputs(self.manifests)
         ceiling = how.ceiling
         self._allowed = ceiling.allowed

@@ -30,7 +30,7 @@ from mergepipe.pipeline.memory import (
 )
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.rounds import sweeps_ahead
-from mergepipe.storage.direct import SLACK_BYTES
+from mergepipe.storage.direct import IO_THREADS, SLACK_BYTES
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.tasks.method import Reduction, block_elements, expected_reads
 from mergepipe.tasks.registry import method as find_method
@@ -116,6 +116,9 @@ def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> 
         If a unit of one block, or a whole matrix, does not fit; names it and the smallest ceiling that would do.
     """
     ahead = sweeps_ahead(plan)
+    if plan.vocabulary is not None:
+        beside = plan.vocabulary.reserved_bytes(max(ceiling.workers, IO_THREADS))
+        ceiling = replace(ceiling, reserved=ceiling.reserved + beside)
     found = {tensor.name: _matrix(tensor, plan, gathered, ceiling.workers, ahead) for tensor in plan.tensors}
     whole = {name: shape for name, shape in found.items() if shape is not None}
     if not whole:
@@ -210,7 +213,7 @@ def _matrix(
 def _smallest(tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, gathered: Sequence[bool], ahead: Ahead) -> int:
     """Bytes that an element-wise tensor takes at the least."""
     if tensor.action == "copy":
-        unit = _copied_unit(tensor, gathered)
+        unit = _copied_unit(tensor, plan, gathered)
         return ceiling.smallest(unit, TensorShape(0, 0), unit.elements)
     unit, kept, block = _unit(tensor, plan, gathered, ahead)
     return ceiling.smallest(unit, kept, block)
@@ -238,7 +241,7 @@ def _cut(
     size = int(np.prod(tensor.shape, dtype=np.int64))
     itemsize = DTYPES[tensor.dtype].itemsize
     if tensor.action == "copy":
-        unit, none = _copied_unit(tensor, gathered), TensorShape(0, 0)
+        unit, none = _copied_unit(tensor, plan, gathered), TensorShape(0, 0)
         wanted = plan.chunk_bytes // itemsize // unit.elements
         step = unit.elements * ceiling.blocks_per_unit(unit, none, wanted, unit.elements, tensor.name)
         units = tuple((start, min(start + step, size)) for start in range(0, size, step))
@@ -258,13 +261,9 @@ def _cut(
     return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds, sweep_reads=reads)
 
 
-def _copied_unit(tensor: PlannedTensor, gathered: Sequence[bool]) -> UnitShape:
+def _copied_unit(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool]) -> UnitShape:
     """The smallest unit of a copied tensor: mapped and written, it takes memory only where it has to be gathered."""
-    return UnitShape(COPIED_ELEMENTS, 1, DTYPES[tensor.dtype].itemsize, 0, 0, 0, _gathers(tensor, gathered))
-
-
-def _gathers(tensor: PlannedTensor, gathered: Sequence[bool]) -> bool:
-    return any(gathered[source.model] for source in tensor.sources) if gathered else False
+    return UnitShape(COPIED_ELEMENTS, 1, DTYPES[tensor.dtype].itemsize, 0, 0, 0, _gathers(tensor, plan, gathered))
 
 
 def _unit(
@@ -288,9 +287,14 @@ def _unit(
         output_itemsize=itemsize,
         work_itemsize=job.work.itemsize,
         scratch_rows=method.scratch_rows,
-        gathered=_gathers(tensor, gathered),
+        gathered=_gathers(tensor, plan, gathered),
     )
     return unit, kept, block
+
+
+def _gathers(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool]) -> bool:
+    """Whether any input of a tensor is gathered into buffers."""
+    return any(plan.is_gathered(source) or (bool(gathered) and gathered[source.model]) for source in tensor.sources)
 
 
 def _length(shape: tuple[int, ...] | None) -> int:

@@ -44,8 +44,8 @@ class SideHeads:
         DiskFullError
         """
         for label, sources in self._plan.side.items():
-            arrays = self._manifests[sources[0].model].arrays
-            tensors = [OutputTensor(source.name, source.dtype, arrays[source.name].shape) for source in sources]
+            manifest = self._manifests[sources[0].model]
+            tensors = [OutputTensor(source.name, source.dtype, manifest.shape(source.name)) for source in sources]
             folder = Path(self._plan.output) / outputs.HEADS_FOLDER / label
             self._writers[label] = take_up(folder, lay_out([tensors], {"format": "pt"}).shards[0])
 

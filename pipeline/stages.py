@@ -61,7 +61,7 @@ def split(plan: Plan) -> Plan:
     tensors = tuple(_second(t, len(plan.models)) if t.name in names else t for t in plan.tensors)
     return replace(
         plan,
-        id=plan_id(tensors, models, plan.groups, plan.metadata, plan.side, plan.seed, plan.config),
+        id=plan_id(tensors, models, plan.groups, plan.metadata, plan.side, plan.seed, plan.config, plan.vocabulary),
         models=models,
         tensors=tensors,
         first_stage=first,
@@ -75,7 +75,7 @@ def _first(plan: Plan, chosen: Sequence[PlannedTensor], names: set[str]) -> Plan
     metadata = {"format": "pt", "mergepipe.carried": "merged task vectors, not scaled; no model"}
     return replace(
         plan,
-        id=plan_id(tensors, plan.models, groups, metadata, {}, plan.seed, {}),
+        id=plan_id(tensors, plan.models, groups, metadata, {}, plan.seed, {}, plan.vocabulary),
         tensors=tensors,
         groups=groups,
         metadata=metadata,

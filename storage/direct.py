@@ -31,9 +31,10 @@ from typing import Self
 import numpy as np
 
 from mergepipe.storage.checked import CheckedFiles
+from mergepipe.storage.gather import Pieces
 from mergepipe.storage.header import open_regular
 from mergepipe.storage.manifest import Segment
-from mergepipe.storage.readers import U8, Descriptors, check_size, forget, unreadable
+from mergepipe.storage.readers import U8, Descriptors, check_size, total_length, unreadable
 
 PAGE = 4096
 """What O_DIRECT asks of offsets, lengths and addresses; enough for every disk that we know of."""
@@ -44,7 +45,7 @@ SLACK_BYTES = 2 * PAGE
 IO_THREADS = 4
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
 
-Key = tuple[Segment, ...]
+Key = tuple[Segment, ...] | Pieces
 
 
 def supports_direct(path: str | Path) -> bool:
@@ -276,7 +277,7 @@ class DirectReader:
                         self._drop(piece)
             finally:
                 self._waiting -= 1
-            self.bytes_read += sum(_length(key) for key in keys)
+            self.bytes_read += sum(total_length(key) for key in keys)
             return pieces
 
     def _at_work(self) -> bool:
@@ -346,13 +347,14 @@ class DirectReader:
     def _load(self, piece: _Piece) -> U8:
         memory = self._arena.bytes[piece.start : piece.start + piece.reserved]
         try:
-            single = len(piece.key) == 1 and not self._files.is_checked(piece.key[0].path)
-            window = self._read_direct(piece.key[0], memory) if single else self._gather(piece.key, memory)
+            single = _single(piece.key)
+            whole = single is None or self._files.is_checked(single.path)
+            window = self._gather(piece.key, memory) if single is None or whole else self._read_direct(single, memory)
             window.flags.writeable = False
             return window
         finally:
             with self._changed:
-                self.bytes_loaded += _length(piece.key)
+                self.bytes_loaded += total_length(piece.key)
                 self._changed.notify_all()
 
     def _read_direct(self, segment: Segment, memory: U8) -> U8:
@@ -383,16 +385,12 @@ class DirectReader:
 
     def _gather(self, key: Key, memory: U8) -> U8:
         """Read several segments one after the other, through the page cache, whose pages are given back at once."""
-        position = 0
-        for segment in key:
-            self._plain.read_into(segment, memory[position : position + segment.length].data)
-            with self._plain.borrow(segment.path) as fd:
-                forget(fd, segment)
-            position += segment.length
-        return memory[:position]
+        window = memory[: total_length(key)]
+        self._plain.gather(key, window, forget_pages=True)
+        return window
 
     def _outside(self, key: Key) -> U8:
-        window = self._gather(key, np.empty(_length(key), np.uint8))
+        window = self._gather(key, np.empty(total_length(key), np.uint8))
         window.flags.writeable = False
         with self._changed:
             self.bytes_read += window.nbytes
@@ -401,11 +399,12 @@ class DirectReader:
 
 
 def _key(segments: Sequence[Segment]) -> Key:
-    return tuple(segment for segment in segments if segment.length)
+    return segments if isinstance(segments, Pieces) else tuple(segment for segment in segments if segment.length)
 
 
-def _length(key: Key) -> int:
-    return sum(segment.length for segment in key)
+def _single(key: Key) -> Segment | None:
+    """The one segment of a window, if it is only one."""
+    return key[0] if not isinstance(key, Pieces) and len(key) == 1 else None
 
 
 def _pages(nbytes: int) -> int:
@@ -414,4 +413,5 @@ def _pages(nbytes: int) -> int:
 
 def _reserved(key: Key) -> int:
     """Bytes of the arena for a window: whole pages, those at both ends included."""
-    return max(PAGE, _pages(_length(key) + (key[0].offset % PAGE if len(key) == 1 else 0)))
+    single = _single(key)
+    return max(PAGE, _pages(total_length(key) + (0 if single is None else single.offset % PAGE)))

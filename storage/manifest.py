@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +104,11 @@ class ChunkManifest:
             return None
         return os.path.dirname(self.files[int(first.files[0])].path).removesuffix(f"/{name}")
 
-    def segments(self, name: str, start: int, stop: int) -> list[Segment]:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, as it is read."""
+        return self.arrays[name].shape
+
+    def segments(self, name: str, start: int, stop: int) -> Sequence[Segment]:
         """Bytes of the elements `start` to `stop` of a flattened tensor.
 
         Parameters
@@ -115,7 +120,7 @@ class ChunkManifest:
 
         Returns
         -------
-        list of Segment
+        sequence of Segment
             In element order; neighbours in one file are joined, so a virtual tensor is one segment. Empty if
             ``start == stop``.
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mergepipe.errors import CheckpointError, ShortReadError
 from mergepipe.storage.checked import CheckedFiles
+from mergepipe.storage.gather import Pieces
 from mergepipe.storage.header import open_regular
 from mergepipe.storage.manifest import Segment
 
@@ -138,10 +139,35 @@ class Descriptors:
                     raise unreadable(segment, EOFError("no bytes"))
                 done += count
 
+    def gather(self, segments: Sequence[Segment], out: U8, *, forget_pages: bool) -> None:
+        """Fill `out` with all segments, one after the other, through plain reads; raises as :meth:`read_into`.
+
+        With `forget_pages` the page cache drops what has been read.
+        """
+
+        def have_read(segment: Segment) -> None:
+            if forget_pages:
+                with self.borrow(segment.path) as fd:
+                    forget(fd, segment)
+
+        if isinstance(segments, Pieces):
+            segments.read_into(self, out, have_read)
+            return
+        position = 0
+        for segment in segments:
+            self.read_into(segment, out[position : position + segment.length].data)
+            position += segment.length
+            have_read(segment)
+
     def close(self) -> None:
         """Close all files not in use."""
         with self._lock:
             self._evict(0)
+
+
+def total_length(segments: Sequence[Segment]) -> int:
+    """Bytes of all segments."""
+    return segments.nbytes if isinstance(segments, Pieces) else sum(segment.length for segment in segments)
 
 
 def check_size(fd: int, segment: Segment) -> None:
@@ -217,10 +243,11 @@ class MmapReader:
         CheckpointError
             If a file is missing, not regular, or can't be read.
         """
-        segments = [segment for segment in segments if segment.length]
+        if not isinstance(segments, Pieces):
+            segments = [segment for segment in segments if segment.length]
         with self._lock:
-            self.bytes_read += sum(segment.length for segment in segments)
-        if len(segments) == 1 and segments[0].offset % 8 == 0:
+            self.bytes_read += total_length(segments)
+        if not isinstance(segments, Pieces) and len(segments) == 1 and segments[0].offset % 8 == 0:
             with self._mapped(segments[0], last=last) as view:
                 yield view
         else:
@@ -257,14 +284,8 @@ class MmapReader:
                     forget(fd, segment)
 
     def _gathered(self, segments: Sequence[Segment], *, last: bool) -> U8:
-        out = np.empty(sum(segment.length for segment in segments), np.uint8)
-        position = 0
-        for segment in segments:
-            self._descriptors.read_into(segment, out[position : position + segment.length].data)
-            position += segment.length
-            if last:
-                with self._descriptors.borrow(segment.path) as fd:
-                    forget(fd, segment)
+        out = np.empty(total_length(segments), np.uint8)
+        self._descriptors.gather(segments, out, forget_pages=last)
         out.flags.writeable = False
         return out
 

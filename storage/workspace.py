@@ -3,6 +3,8 @@
     .mergepipe/
       plan.json            what is to be done, decided by `build`
       stores/N-NAME/       one chunked zarr hierarchy per model: a chunk manifest (virtual), or the copy itself
+      vocabulary/          which rows of vocabulary-indexed tensors come from where, and rows that stand nowhere else
+      beside/              files of the output that no model has as they are: a merged tokenizer, a chat template
       journal.log          what of it is durable
       statistics/          what the reductions found: a zarr group
       ballast              disk space set aside for them; gone when a run ends
@@ -96,6 +98,16 @@ class Workspace:
     def stores(self) -> Path:
         """Folder of the zarr hierarchies of all models."""
         return self.name / "stores"
+
+    @property
+    def vocabulary(self) -> Path:
+        """Folder of row maps and made rows."""
+        return self.name / "vocabulary"
+
+    @property
+    def beside(self) -> Path:
+        """Folder of files that go beside the weights."""
+        return self.name / "beside"
 
     def store(self, number: int, label: str) -> Path:
         """Folder of the zarr hierarchy of model `number`."""
@@ -192,6 +204,16 @@ class Workspace:
         """Replace the plan, atomically."""
         write_atomic(self.plan_file, data)
 
+    def write_beside(self, contents: dict[str, bytes]) -> None:
+        """Replace the files that go beside the weights, by name."""
+        if contents:
+            self.beside.mkdir(exist_ok=True)
+        for name, data in contents.items():
+            write_atomic(self.beside / name, data)
+        for path in sorted(self.beside.iterdir()) if self.beside.is_dir() else ():
+            if path.name not in contents:
+                path.unlink()
+
     def read_plan(self) -> bytes:
         """The plan's bytes.
 
@@ -223,7 +245,7 @@ class Workspace:
     def contents(self) -> list[Path]:
         """Everything mergepipe may have put here, the lock last."""
         files = [self.plan_file, self.journal_file, self.events_file, self.statistics, self.ballast_file, self.stores]
-        files.append(self.first_stage.root)
+        files += [self.first_stage.root, self.vocabulary, self.beside]
         return [*files, self.chain_file, self.root / "merges", self.root / "merged", self.lock_file]
 
     def remove(self) -> None:

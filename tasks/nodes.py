@@ -417,7 +417,7 @@ class TensorWork:
                 )
         return values
 
-    def _segments(self, blocks: tuple[int, int]) -> list[list[Segment]]:
+    def _segments(self, blocks: tuple[int, int]) -> list[Sequence[Segment]]:
         """For each source, where a run of blocks is."""
         start, stop = self._bounds(blocks)
         return [source.manifest.segments(source.name, start, stop) for source in self.sources]
@@ -628,7 +628,7 @@ class TensorCopy:
     def end(self) -> None:
         """Nothing is kept, so nothing to forget."""
 
-    def _segments(self, unit: tuple[int, int]) -> list[Segment]:
+    def _segments(self, unit: tuple[int, int]) -> Sequence[Segment]:
         return self.source.manifest.segments(self.source.name, *unit)
 
     def apply(self, unit: int, *_after: object) -> None:

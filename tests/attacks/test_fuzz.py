@@ -139,7 +139,20 @@ KEYS = st.sampled_from(
             "match",
             "slices",
         ),
-        *("sparsify", "dtype", "heads", "tokenizer_source", "seed", "scope", "outputs", "output", "filter", "value"),
+        *(
+            "sparsify",
+            "dtype",
+            "heads",
+            "tokenizer_source",
+            "tokenizer",
+            "chat_template",
+            "seed",
+            "scope",
+            "outputs",
+            "output",
+            "filter",
+            "value",
+        ),
         "lambda",
     ]
 )

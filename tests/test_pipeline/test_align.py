@@ -130,7 +130,8 @@ def test_other_shapes_are_an_error() -> None:
 
 
 def test_other_vocabularies_get_their_own_remedy() -> None:
-    assert "vocabularies" in problems(BODY, BODY | {"model.embed_tokens.weight": ("BF16", (33, 8))})
+    text = problems(BODY, BODY | {"model.embed_tokens.weight": ("BF16", (33, 8))})
+    assert "Remedy: for vocabularies that differ, say `tokenizer_source: union` or `base`." in text
     assert "vocabularies" not in problems(BODY, BODY | {"model.embed_tokens.weight": ("BF16", (32, 9))})
 
 

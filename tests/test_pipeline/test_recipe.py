@@ -55,6 +55,30 @@ def faults(recipe: dict[str, Any] | str, **more: Any) -> dict[str, str]:
 # -- what is read
 
 
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [
+        ({"tokenizer_source": "union"}, "union"),
+        ({"tokenizer_source": "./b"}, "model:/models/b"),
+        ({"tokenizer_source": "model:b"}, "model:/models/b"),
+        ({"tokenizer": {}}, "union"),
+        ({"tokenizer": {"source": {"model": "b"}}}, "model:/models/b"),
+        (
+            {"tokenizer": {"source": "base", "pad_to_multiple_of": 8, "tokens": {
+                "x": {"source": "b"}, "y": {"source": {"kind": "zero"}, "force": True},
+                "z": {"source": {"kind": "model_token", "model": "b", "token_id": 3}}}}},
+            "base",
+        ),
+    ],
+)  # fmt: skip
+def test_tokenizers(given: dict[str, Any], source: str) -> None:
+    """Both keys, mergekit's way of naming a model and ours; the recipe says the same again as it is written down."""
+    recipe = parse(LINEAR, **given)
+    assert recipe.tokenizer is not None
+    assert recipe.tokenizer.source == source
+    assert parse_recipe(recipe.to_dict()) == recipe
+
+
 def test_a_full_recipe() -> None:
     recipe = parse(
         """
@@ -164,7 +188,7 @@ def test_all_faults_come_at_once_with_their_paths() -> None:
     assert "1.5" in found["$.parameters.density[0].value"]
 
 
-@pytest.mark.parametrize("key", ["tokenizer", "outputs"])
+@pytest.mark.parametrize("key", ["outputs"])
 def test_what_this_version_does_not_merge_is_named(key: str) -> None:
     assert "this version" in faults(LINEAR, **{key: []})[f"$.{key}"]
 
@@ -202,8 +226,22 @@ def test_a_slice_without_sources_is_one_fault() -> None:
         ({"parameters": {"weight": 1, "normalize": "yes"}}, "$.parameters.normalize", "true or false"),
         ({"parameters": {"density": 1}}, "$.parameters.weight", "missing"),
         ({"scope": "layer"}, "$.scope", "model"),
-        ({"tokenizer_source": "union"}, "$.tokenizer_source", "this version copies"),
-        ({"chat_template": "chatml"}, "$.chat_template", "this version copies"),
+        ({"tokenizer_source": 3}, "$.tokenizer_source", "model:<path>"),
+        ({"tokenizer_source": "base", "tokenizer": {}}, "$.tokenizer_source", "one of the two"),
+        ({"tokenizer": "union"}, "$.tokenizer", "mapping"),
+        ({"tokenizer": {"sauce": "base"}}, "$.tokenizer.sauce", "'source'"),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "$.tokenizer.pad_to_multiple_of", "whole number"),
+        ({"tokenizer": {"tokens": ["a"]}}, "$.tokenizer.tokens", "mapping"),
+        ({"tokenizer": {"tokens": {3: {"source": "a"}}}}, "$.tokenizer.tokens[3]", "quotes"),
+        ({"tokenizer": {"tokens": {"x": {"force": True}}}}, "$.tokenizer.tokens['x']", "source"),
+        ({"tokenizer": {"tokens": {"x": {"source": "a", "force": 1}}}}, "$.tokenizer.tokens['x'].force", "true"),
+        ({"tokenizer": {"tokens": {"x": {"source": {"kind": "one"}}}}}, "$.tokenizer.tokens['x'].source.kind", "zero"),
+        (
+            {"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}},
+            "$.tokenizer.tokens['x'].source",
+            "one of `token`",
+        ),
+        ({"chat_template": "chatlm"}, "$.chat_template", "'chatml'"),
         ({"heads": "mine"}, "$.heads", "separate"),
         ({"heads": "model:c"}, "$.heads", "none of the models"),
         ({"output": 3}, "$.output", "text"),
