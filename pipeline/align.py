@@ -34,7 +34,7 @@ MAX_PROBLEMS = 20
 
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
 _CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
-_POSITIONS = re.compile(r"(^|\.)position_ids$")
+_POSITIONS = re.compile(r"(^|\.)(position_ids|relative_position_index)$")
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_scale_inv|weight_scale|input_scale|SCB|absmax|quant_map|nested_absmax"
     r"|quant_state\.\w+)$"
