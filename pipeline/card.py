@@ -27,7 +27,8 @@ def model_card(plan: Plan) -> str:
     front: dict[str, Any] = {
         "base_model": list(dict.fromkeys(began)),
         "library_name": "peft" if plan.stem == "adapter_model" else "transformers",
-        "tags": ["merge", "mergepipe", method.name],
+        # The first two are what the hub's readers and the tools around mergekit look merges up by.
+        "tags": ["mergekit", "merge", "mergepipe", method.name],
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# A merge", ""]
     lines += [f"Made by [mergepipe](https://pypi.org/project/mergepipe/) {plan.version} with {method.title}.", ""]

@@ -7,6 +7,7 @@ last thing of all is the index, or the name of the single weights file: what has
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import platform
 import shutil
@@ -173,9 +174,11 @@ def _copy_folder(source: Path, target: Path) -> None:
 
 
 def _changed(config: bytes, changes: Mapping[str, Any]) -> bytes:
+    """A configuration with other values; byte for byte as it was if it has these already."""
     values = json.loads(config)
+    before = copy.deepcopy(values)
     put_values(values, changes)
-    return to_json(values)
+    return config if values == before else to_json(values)
 
 
 def config_changes(plan: Plan) -> dict[str, Any]:
@@ -189,8 +192,21 @@ def put_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(values.get(key), dict):
             put_values(values[key], value)
         else:
-            # A type is written under the name that the configuration uses for it already.
-            values["dtype" if key == "torch_dtype" and "dtype" in values else key] = value
+            # A type is written under the name that the configuration uses for it already, and where it repeats it.
+            if key == "torch_dtype":
+                key = "dtype" if "dtype" in values else key
+                _put_inner_types(values, values.get(key), value)
+            values[key] = value
+
+
+def _put_inner_types(values: dict[str, Any], old: object, new: object) -> None:
+    """Models of several parts say the type of each; a part that had the whole's type follows it."""
+    for inner in values.values():
+        if isinstance(inner, dict):
+            for key in ("dtype", "torch_dtype"):
+                if key in inner and inner[key] == old:
+                    inner[key] = new
+            _put_inner_types(inner, old, new)
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:

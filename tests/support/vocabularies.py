@@ -94,3 +94,20 @@ def expected_rows(
         rows = [model.tables[table][model.vocab[token]] for model in owners]
         out[number] = np.mean(rows, axis=0) if rows else 0
     return out
+
+
+def write_llama(folder: Path, tokenizer: Any, seed: int, rows: int | None = None, template: str | None = None) -> Model:
+    """A Llama of transformers with a tokenizer; random float32 weights."""
+    torch.manual_seed(seed)
+    vocab = tokenizer.get_vocab()
+    config = transformers.LlamaConfig(
+        vocab_size=rows or len(vocab), hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
+        pad_token_id=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    return Model(folder, vocab, {name: model.get_parameter(name).detach().double().numpy() for name in names})
