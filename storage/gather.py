@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +42,9 @@ SPAN_BYTES = 1024 * 1024
 
 GAP_BYTES = 16 * 1024
 """A gap between two pieces that is read along, since that is faster than another call."""
+
+LONG_BYTES = 256 * 1024
+"""A range this long is dropped from the page cache as soon as it is read, if the caller wants that."""
 
 GATHER_BYTES = 6 * 1024 * 1024
 """What the reading of one gathered window takes beside the window: a span, and the table of its pieces."""
@@ -188,20 +193,27 @@ class _Table:
         order = np.lexsort(keys[::-1])
         return type(self)(self.files[order], self.offsets[order], self.lengths[order], self.at[order])
 
-    def spans(self) -> Iterator[Self]:
-        """The pieces in the order of the files, those together that one call reads."""
-        table = self.sorted(self.files, self.offsets)
-        ends = table.offsets + table.lengths
-        apart = np.flatnonzero((np.diff(table.files) != 0) | (table.offsets[1:] - ends[:-1] > GAP_BYTES)) + 1
-        for first, last in zip([0, *apart.tolist()], [*apart.tolist(), len(ends)], strict=True):
-            while first < last:
+    def spans(self) -> list[tuple[int, int]]:
+        """For pieces in the order of the files, first and one past the last of those that one call reads."""
+        ends = self.offsets + self.lengths
+        apart = np.flatnonzero((np.diff(self.files) != 0) | (self.offsets[1:] - ends[:-1] > GAP_BYTES)) + 1
+        found = []
+        for first, last in itertools.pairwise([0, *apart.tolist(), len(ends)]):
+            while last - first > 1:
                 # Sources are read as they are asked for, so a row may be wanted twice: ends need not ascend.
-                fits = int(np.searchsorted(table.offsets[first:last], table.offsets[first] + SPAN_BYTES, "left"))
-                inside = ends[first : first + fits] <= table.offsets[first] + SPAN_BYTES
+                fits = int(np.searchsorted(self.offsets[first:last], self.offsets[first] + SPAN_BYTES, "left"))
+                inside = ends[first : first + fits] <= self.offsets[first] + SPAN_BYTES
                 count = max(1, fits if inside.all() else int(np.argmin(inside)))
-                part = slice(first, first + count)
-                yield type(self)(table.files[part], table.offsets[part], table.lengths[part], table.at[part])
+                found.append((first, first + count))
                 first += count
+            if first < last:
+                found.append((first, last))
+        return found
+
+    def part(self, first: int, last: int) -> Self:
+        """Some of the pieces."""
+        part = slice(first, last)
+        return type(self)(self.files[part], self.offsets[part], self.lengths[part], self.at[part])
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -311,20 +323,15 @@ class Pieces(Sequence[Segment]):
         out : uint8 ndarray, shape (nbytes,)
             Overwritten, in element order.
         on_read : callable
-            Told each range of a file that was read.
+            Told each long range of a file that was read; what lies around short ones is most likely wanted later.
         """
         scratch = np.empty(SPAN_BYTES, np.uint8)
-        for table in self._tables():
-            for span in table.spans():
-                begin, end = int(span.offsets[0]), int((span.offsets + span.lengths).max())
-                segment = Segment(self.array.paths[int(span.files[0])], begin, end - begin)
-                at = int(span.at[0])
-                if len(span.at) == 1:
-                    descriptors.read_into(segment, out[at : at + segment.length].data)
-                else:
-                    descriptors.read_into(segment, scratch[: segment.length].data)
-                    _scatter(span, scratch, out)
-                on_read(segment)
+        for unsorted in self._tables():
+            table = unsorted.sorted(unsorted.files, unsorted.offsets)
+            bounds = [0, *(np.flatnonzero(np.diff(table.files)) + 1).tolist(), len(table.files)]
+            for first, last in itertools.pairwise(bounds):
+                path = self.array.paths[int(table.files[first])]
+                _read_file(descriptors, path, table.part(first, last), out, scratch, on_read)
 
     def _tables(self) -> Iterator[_Table]:
         """The pieces of a bounded number of runs at a time."""
@@ -342,6 +349,38 @@ class Pieces(Sequence[Segment]):
                 extents = self.array.extents[source]
                 tables.append(extents.locate(begin[mine], (stop - start)[mine], at, itemsize))
             yield _Table.joined(tables)
+
+
+def _read_file(
+    descriptors: Descriptors, path: str, table: _Table, out: U8, scratch: U8, on_read: Callable[[Segment], None]
+) -> None:
+    """Read pieces of one file, in its order, each span by one call if nothing is wrong."""
+    spans = table.spans()
+    ends = np.maximum.reduceat(table.offsets + table.lengths, [first for first, _ in spans]).tolist()
+    begins, places = table.offsets.tolist(), table.at.tolist()
+    memory, spare = out.data, scratch.data
+    with descriptors.borrow(path) as fd:
+        if hasattr(os, "posix_fadvise"):
+            # All are asked for before the first is waited for: a disk serves scattered rows best many at a time.
+            for (first, _), end in zip(spans, ends, strict=True):
+                os.posix_fadvise(fd, begins[first], end - begins[first], os.POSIX_FADV_WILLNEED)
+        for (first, last), end in zip(spans, ends, strict=True):
+            begin, alone = begins[first], last - first == 1
+            target = memory[places[first] : places[first] + end - begin] if alone else spare[: end - begin]
+            if not _read_at_once(fd, target, begin):
+                descriptors.read_into(Segment(path, begin, end - begin), target)
+            if not alone:
+                _scatter(table.part(first, last), scratch, out)
+            if end - begin >= LONG_BYTES:
+                on_read(Segment(path, begin, end - begin))
+
+
+def _read_at_once(fd: int, target: memoryview, offset: int) -> bool:
+    """Whether one call fills `target`; whoever is told that it does not reads with more care."""
+    try:
+        return os.preadv(fd, [target], offset) == len(target)
+    except OSError:
+        return False
 
 
 def _scatter(span: _Table, scratch: U8, out: U8) -> None:
