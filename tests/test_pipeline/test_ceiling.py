@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from mergepipe.pipeline.summary import scheduled
 from mergepipe.storage.header import encode_header
 from mergepipe.tasks.registry import METHODS
 from support.jobs import build_job, write_job
+from support.vocabularies import byte_tokenizer, write_model
 
 TESTS = Path(__file__).parents[1]
 SHAPES = {
@@ -257,3 +259,26 @@ def test_a_run_lives_in_a_control_group_of_its_ceiling(limited: Path, models: Pa
 def test_a_run_lives_under_ulimit(models: Path, tmp_path: Path) -> None:
     """RLIMIT_DATA bounds private writable memory, touched or not: a gigabyte, for what stacks and arenas reserve."""
     run_behind(f"ulimit -d {1024 * 1024}", "512MiB", models, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["mmap", "direct"])
+def test_rows_gathered_from_everywhere_stay_under_the_ceiling(tmp_path: Path, reader: str) -> None:
+    """Two vocabularies in different orders, at the smallest ceiling: windows, row maps and tables of pieces count."""
+    plain = [f"{first}{second}" for first in "abcdefghijklmnop" for second in "abcdefghijklmnop"]
+    names = ["".join(letters) for letters in itertools.islice(itertools.product("abcdefghijklmnop", repeat=4), 30_000)]
+    order = list(reversed(names))
+    write_model(tmp_path / "base", byte_tokenizer([*plain, *names]), 0, dtype="bfloat16")
+    write_model(tmp_path / "expert", byte_tokenizer([*plain, *order]), 1, dtype="bfloat16")
+    listed = [{"model": str(tmp_path / "expert"), "parameters": {"weight": 0.5, "density": 0.5}}]
+    recipe = {"merge_method": "ties", "base_model": str(tmp_path / "base"), "models": listed}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "tokenizer_source": "union"}))
+    where: dict[str, Any] = {"work": tmp_path / "work", "out": tmp_path / "out"}
+    with pytest.raises(MemoryBudgetError) as caught:
+        mergepipe.build(tmp_path / "recipe.yaml", **where, memory="1MiB")
+    least = re.search(r"--memory (\d+MiB)", str(caught.value))
+    assert least is not None
+    found = mergepipe.build(tmp_path / "recipe.yaml", **where, memory=least[1])
+    assert found.vocabulary is not None
+    assert found.vocabulary.gathers
+    assert peak(tmp_path / "work", workers=os.cpu_count(), reader=reader)["peak"] <= parse_bytes(least[1])
