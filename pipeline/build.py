@@ -560,7 +560,7 @@ def make_plan(
         side=side,
         sidecar=0,
         dtype=recipe.output_dtype,
-        notes=(*recipe.notes, *beside.notes, *alignment.notes, *_idle_rules(recipe, tensors)),
+        notes=(*recipe.notes, *_twin_notes(checkpoints), *beside.notes, *alignment.notes, *_idle_rules(recipe, tensors)),
         allowed=allowed,
         chunk_bytes=chunk_bytes,
         seed=recipe.seed,
@@ -571,6 +571,14 @@ def make_plan(
         beside=beside.beside,
     )
     return stages.split(plan)
+
+
+def _twin_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    return [
+        f"'{found.root}' stores {twin} and {name} as the same bytes: merged and written once, as {name}"
+        for found in checkpoints
+        for twin, name in found.twins.items()
+    ]
 
 
 def _idle_rules(recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[str]:

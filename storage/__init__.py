@@ -8,7 +8,7 @@ element range, and a reader of :mod:`~mergepipe.storage.readers` for the bytes o
 
 **Two kinds of store, one interface.** Each model is a zarr v3 hierarchy with one array per tensor:
 
-* *virtual* (:mod:`~mergepipe.storage.virtual`): the chunks are byte ranges of the safetensors files themselves. It
+* *virtual* (:mod:`~mergepipe.storage.virtual`): the chunks are byte ranges of the model's files themselves. It
   costs no disk and is ready as soon as the headers are read. zarr reads it through ``VirtualStore``, other tools
   through kerchunk references.
 * *copy* (:mod:`~mergepipe.storage.copied`): the chunks are files of a zarr group on disk, each with a crc32c. Any zarr

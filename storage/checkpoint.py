@@ -1,4 +1,8 @@
-"""Checkpoints: Hugging Face style folders of safetensors files, opened from their headers alone."""
+"""Checkpoints: Hugging Face style folders, or single files, opened from their headers alone.
+
+The weights are safetensors, or what `torch.save` writes (:mod:`mergepipe.storage.pickled`): either way a tensor is a
+byte range of a file.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,14 @@ from mergepipe.storage.header import Header, open_regular, parse_json_object, re
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt"})
+"""What trainers leave beside the weights."""
 
 _MAX_JSON_BYTES = 100_000_000
 
@@ -33,7 +42,7 @@ class FileInfo:
     size, mtime_ns, inode : int
         Of the file that the path leads to.
     header_sha256 : str
-        Hex digest of its safetensors header; empty for a file that has none.
+        Hex digest of its safetensors header, or of a PyTorch file's pickle and directory; empty for a file without.
     """
 
     path: str
@@ -74,19 +83,22 @@ class Checkpoint:
     Attributes
     ----------
     root : Path
-        Absolute.
+        Absolute; the folder, or the file that was given.
     files : tuple of FileInfo
         The shards, by name.
     tensors : dict of str to TensorEntry
         In order of file, then offset.
     config : dict
         Contents of ``config.json``, of an adapter those of ``adapter_config.json``; empty if there is none.
+    twins : dict of str to str
+        Names left out because they stand for the very bytes of another tensor, as a PyTorch file stores tied ones.
     """
 
     root: Path
     files: tuple[FileInfo, ...]
     tensors: dict[str, TensorEntry]
     config: dict[str, Any]
+    twins: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_adapter(self) -> bool:
@@ -109,15 +121,17 @@ def file_info(path: str | Path, header_sha256: str = "") -> FileInfo:
     return FileInfo(os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ino, header_sha256)
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint: read and prove every header, read no tensor.
 
-    Taken is ``model.safetensors``; without it the shards that ``model.safetensors.index.json`` names; without that
-    ``adapter_model.safetensors``, which makes it an adapter, or the one ``*.safetensors`` file of the folder.
+    Of a folder, the first of these is taken: ``model.safetensors``, the shards that ``model.safetensors.index.json``
+    names, ``pytorch_model.bin``, the shards that its index names, ``adapter_model.safetensors``, which makes it an
+    adapter, the one ``*.safetensors`` file, the one ``*.bin``.
 
     Parameters
     ----------
-    folder : path-like
+    path : path-like
+        A folder, or one file of weights: safetensors, or a state dict that `torch.save` has written.
 
     Returns
     -------
@@ -131,48 +145,100 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         If a header is not valid or does not fit its file.
     CheckpointError
         If the index is not valid, names something outside the folder or disagrees with the shards; if a shard is not
-        a regular file; if two tensor names can't stand in one zarr hierarchy.
+        a regular file, or is a pickle of anything else than plain weights; if two tensor names can't stand in one zarr
+        hierarchy.
     """
-    root = Path(os.path.abspath(folder))
+    root = Path(os.path.abspath(path))
     if not root.is_dir():
-        if root.exists():
-            raise CheckpointError(f"'{root}' is a file: give the folder that holds {SINGLE} or {INDEX}")
-        raise CheckpointNotFoundError(f"checkpoint folder '{root}' does not exist")
-    weight_map: dict[str, str] | None = None
-    if os.path.lexists(root / SINGLE):
-        names = [SINGLE]
-    elif os.path.lexists(root / INDEX):
-        weight_map = _read_index(root / INDEX)
-        names = sorted(set(weight_map.values()))
-    elif os.path.lexists(root / ADAPTER):
-        names = [ADAPTER]
-    else:
-        names = [_only_file(root)]
-    files, tensors = _read_shards(root, names)
-    if weight_map is not None:
-        _check_index(root / INDEX, weight_map, files, tensors)
-    _check_hierarchy(root, tensors)
+        return _open_file(root)
+    names, index = _choose(root)
+    weight_map = None if index is None else _read_index(index)
+    files, tensors = _read_shards(root, names if weight_map is None else sorted(set(weight_map.values())))
+    if index is not None and weight_map is not None:
+        _check_index(index, weight_map, files, tensors)
+    check_hierarchy(root, tensors)
     about = root / (ADAPTER_CONFIG if names == [ADAPTER] else CONFIG)
-    config = _read_json(about, strict=False) if os.path.lexists(about) else {}
-    return Checkpoint(root, files, tensors, config)
+    config = read_json(about, strict=False) if os.path.lexists(about) else {}
+    twins = _twins(tensors) if config and config.get("tie_word_embeddings") is not False else {}
+    return Checkpoint(root, files, {n: t for n, t in tensors.items() if n not in twins}, config, twins)
+
+
+def _choose(root: Path) -> tuple[list[str], Path | None]:
+    """The one file that has the weights, or the index that names them."""
+    for single, index in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
+        if os.path.lexists(root / single):
+            return [single], None
+        if os.path.lexists(root / index):
+            return [], root / index
+    return [ADAPTER if os.path.lexists(root / ADAPTER) else _only_file(root)], None
+
+
+def open_weights(path: str | Path) -> Checkpoint:
+    """Open one file of weights as a checkpoint without a configuration.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`open_checkpoint`.
+    """
+    path = Path(os.path.abspath(path))
+    files, tensors = _read_shards(path.parent, [path.name])
+    check_hierarchy(path, tensors)
+    return Checkpoint(path, files, tensors, {})
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if not path.exists():
+        raise CheckpointNotFoundError(f"checkpoint folder '{path}' does not exist")
+    if path.suffix not in (".safetensors", *PICKLED_SUFFIXES):
+        known = ", ".join((".safetensors", *PICKLED_SUFFIXES))
+        raise CheckpointError(
+            f"'{path}' is a file, but not one of weights ({known}): give one, or the folder that holds {SINGLE}"
+        )
+    return open_weights(path)
 
 
 def _read_shards(root: Path, names: Iterable[str]) -> tuple[tuple[FileInfo, ...], dict[str, TensorEntry]]:
     files: list[FileInfo] = []
     tensors: dict[str, TensorEntry] = {}
     for number, name in enumerate(names):
-        header: Header = read_header(root / name)
-        files.append(file_info(root / name, header.sha256))
-        for t in header.tensors:
-            if t.name in tensors:
-                other = Path(files[tensors[t.name].file].path).name
-                raise CheckpointError(f"'{root}': tensor {t.name!r} stands in both {other} and {name}")
-            offset = header.data_start + t.start
-            tensors[t.name] = TensorEntry(t.name, t.dtype, t.shape, number, offset, t.stop - t.start)
+        sha256, entries = _read_shard(root / name, number)
+        files.append(file_info(root / name, sha256))
+        for entry in entries:
+            if entry.name in tensors:
+                other = Path(files[tensors[entry.name].file].path).name
+                raise CheckpointError(f"'{root}': tensor {entry.name!r} stands in both {other} and {name}")
+            tensors[entry.name] = entry
     return tuple(files), tensors
 
 
-def _read_json(path: Path, *, strict: bool) -> dict[str, Any]:
+def _read_shard(path: Path, number: int) -> tuple[str, list[TensorEntry]]:
+    """Fingerprint and tensors of one file."""
+    if path.suffix in PICKLED_SUFFIXES:
+        from mergepipe.storage.pickled import read_pickled
+
+        found = read_pickled(path)
+        return found.sha256, [TensorEntry(t.name, t.dtype, t.shape, number, t.offset, t.nbytes) for t in found.tensors]
+    header: Header = read_header(path)
+    return header.sha256, [
+        TensorEntry(t.name, t.dtype, t.shape, number, header.data_start + t.start, t.stop - t.start)
+        for t in header.tensors
+    ]
+
+
+def _twins(tensors: dict[str, TensorEntry]) -> dict[str, str]:
+    """Tensors that are the same bytes as one before them, in the same type and shape."""
+    first: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, t in tensors.items():
+        kept = first.setdefault((t.file, t.offset, t.dtype, t.shape), name)
+        if kept != name and t.nbytes:
+            found[name] = kept
+    return found
+
+
+def read_json(path: Path, *, strict: bool) -> dict[str, Any]:
+    """Read a JSON object within bounds; see :func:`mergepipe.storage.header.parse_json_object`."""
     with open(open_regular(path), "rb") as file:
         raw = file.read(_MAX_JSON_BYTES + 1)
     if len(raw) > _MAX_JSON_BYTES:
@@ -181,7 +247,7 @@ def _read_json(path: Path, *, strict: bool) -> dict[str, Any]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _read_json(path, strict=True).get("weight_map")
+    weight_map = read_json(path, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"'{path}': 'weight_map' is missing, empty, or not a map from tensor to file")
     for tensor, name in weight_map.items():
@@ -215,12 +281,14 @@ def _only_file(root: Path) -> str:
     if found:
         some = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
         raise CheckpointError(f"'{root}' has neither {SINGLE} nor {INDEX}, but {len(found)} other shards: {some}")
-    pickles = sorted(path.name for path in root.glob("*.bin"))
-    hint = f"; {pickles[0]} is a pickle: save it with save_pretrained(..., safe_serialization=True)" if pickles else ""
-    raise CheckpointNotFoundError(f"'{root}' holds no {SINGLE}, no {INDEX} and no other *.safetensors file{hint}")
+    pickles = sorted(path.name for path in root.glob("*.bin") if path.name not in NO_WEIGHTS)
+    if len(pickles) == 1:
+        return pickles[0]
+    raise CheckpointNotFoundError(f"'{root}' holds no {SINGLE}, no {INDEX}, no {PICKLED} and no other *.safetensors")
 
 
-def _check_hierarchy(root: Path, tensors: dict[str, TensorEntry]) -> None:
+def check_hierarchy(root: Path, tensors: dict[str, TensorEntry]) -> None:
+    """Refuse names of which one would have to be the folder of another."""
     for name in tensors:
         parts = name.split("/")
         for count in range(1, len(parts)):

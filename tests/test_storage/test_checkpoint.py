@@ -71,6 +71,13 @@ def test_one_file_of_another_name(tmp_path: Path) -> None:
     assert checkpoint.config == {}
 
 
+def test_a_file_that_is_given_itself(tmp_path: Path) -> None:
+    write_shard(tmp_path / "unet.safetensors", ONE)
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    checkpoint = open_checkpoint(tmp_path / "unet.safetensors")
+    assert (checkpoint.root, list(checkpoint.tensors), checkpoint.config) == (tmp_path / "unet.safetensors", ["a"], {})
+
+
 def test_several_files_without_an_index(tmp_path: Path) -> None:
     write_shard(tmp_path / "x.safetensors", ONE)
     write_shard(tmp_path / "y.safetensors", ONE)
@@ -83,12 +90,9 @@ def test_missing_things_say_what_and_where(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointNotFoundError, match=r"holds no model\.safetensors"):
         open_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointNotFoundError, match=r"pytorch_model\.bin is a pickle"):
-        open_checkpoint(tmp_path)
-    write_shard(tmp_path / "model.safetensors", ONE)
-    with pytest.raises(CheckpointError, match="is a file: give the folder"):
-        open_checkpoint(tmp_path / "model.safetensors")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file, but not one of weights"):
+        open_checkpoint(tmp_path / "notes.txt")
     assert issubclass(CheckpointNotFoundError, FileNotFoundError)
 
 
