@@ -25,6 +25,11 @@ from mergepipe.cli.options import json_option, print_json, work_option
 @click.option("--chunk-size", metavar="SIZE", default="8MiB", show_default=True, help="Size of a chunk.")
 @click.option("--shard-size", metavar="SIZE", help="Size of an output file, such as 5GB; by default as in the base.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the recipe.")
+@click.option(
+    "--tensors",
+    type=click.Choice(["union", "intersection"]),
+    help="Merge tensors that not every model has from those that have them, or leave them out; else an error.",
+)
 @click.option("--force", is_flag=True, help="Drop the unfinished work of another plan in the workspace.")
 @json_option
 def command(
@@ -36,6 +41,7 @@ def command(
     chunk_size: str,
     shard_size: str | None,
     overrides: tuple[str, ...],
+    tensors: Literal["union", "intersection"] | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -65,6 +71,7 @@ def command(
             chunk_size=chunk_size,
             shard_size=shard_size,
             overrides=overrides,
+            tensors=tensors,
             force=force,
             on_event=listener,
         )

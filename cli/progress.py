@@ -9,7 +9,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from mergepipe.cli.options import show_bytes, show_seconds
-from mergepipe.pipeline.events import CopyProgress, Event, Listener, Note, RunStarted, ShardSealed, UnitFinished
+from mergepipe.pipeline.events import (
+    CopyProgress,
+    DownloadProgress,
+    Event,
+    Listener,
+    Note,
+    RunStarted,
+    ShardSealed,
+    UnitFinished,
+)
 from mergepipe.pipeline.measure import anonymous_bytes
 
 if TYPE_CHECKING:
@@ -66,9 +75,10 @@ class PlainProgress:
                 self._say(f"{MERGING} {tensors} tensors, {show_bytes(total)} to read and write")
             case UnitFinished():
                 self._advance(event.nbytes)
-            case CopyProgress(model, nbytes, total):
-                if self._what != f"copying {model}":
-                    self._begin(f"copying {model}", total)
+            case CopyProgress(model, nbytes, total) | DownloadProgress(model, nbytes, total):
+                what = f"{'copying' if isinstance(event, CopyProgress) else 'downloading'} {model}"
+                if self._what != what:
+                    self._begin(what, total)
                 self._advance(nbytes)
             case ShardSealed(file, nbytes):
                 self._say(f"{file} is complete, {show_bytes(nbytes)}")
@@ -127,10 +137,11 @@ class BarProgress:
             case UnitFinished(tensor, stage, nbytes) if MERGING in self._bars:
                 self._progress.advance(self._bars[MERGING], nbytes)
                 self._look(f"{tensor} ({stage})")
-            case CopyProgress(model, nbytes, total):
-                if model not in self._bars:
-                    self._bars[model] = self._progress.add_task(f"copying {model}", total=total)
-                self._progress.advance(self._bars[model], nbytes)
+            case CopyProgress(model, nbytes, total) | DownloadProgress(model, nbytes, total):
+                what = f"{'copying' if isinstance(event, CopyProgress) else 'downloading'} {model}"
+                if what not in self._bars:
+                    self._bars[what] = self._progress.add_task(what, total=total)
+                self._progress.advance(self._bars[what], nbytes)
             case ShardSealed(file, nbytes):
                 self._progress.console.print(f"{file} is complete, {show_bytes(nbytes)}", markup=False, highlight=False)
             case Note(text):

@@ -5,14 +5,17 @@ What it covers
 :mod:`~mergepipe.pipeline.document` reads YAML that nobody vouches for into plain values, within limits.
 :mod:`~mergepipe.pipeline.recipe` holds a recipe, typed and checked, and says what it asks for each tensor; the checks
 themselves are in :mod:`~mergepipe.pipeline.parsing`, the values that vary over layers or tensor names in
-:mod:`~mergepipe.pipeline.values`. A recipe of slices or modules falls into :mod:`~mergepipe.pipeline.parts`, each a
-plain recipe over views of its models (:mod:`~mergepipe.pipeline.stacking`); layers and towers are told by their names
-(:mod:`~mergepipe.pipeline.towers`). :mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers.
-From there the plan, its memory, its disk space (:mod:`~mergepipe.pipeline.space`), its graphs and the run follow. A
-recipe of several documents is a :mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will
-have made (:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`). One
-merge may have two stages (:mod:`~mergepipe.pipeline.stages`); :mod:`~mergepipe.pipeline.add` plans one that goes on
-from a finished merge.
+:mod:`~mergepipe.pipeline.values`. :mod:`~mergepipe.pipeline.models` opens the models that it names, whatever stands
+between what is stored and their weights: :mod:`~mergepipe.pipeline.quantised` scales of 8-bit codes,
+:mod:`~mergepipe.pipeline.adapter` a LoRA adapter, :mod:`~mergepipe.pipeline.hub` a download. A recipe of slices or
+modules falls into :mod:`~mergepipe.pipeline.parts`, each a plain recipe over views of its models
+(:mod:`~mergepipe.pipeline.stacking`); layers and towers are told by their names (:mod:`~mergepipe.pipeline.towers`).
+:mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers. From there the plan, its memory, its
+disk space (:mod:`~mergepipe.pipeline.space`), its graphs and the run follow. A recipe of several documents is a
+:mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will have made
+(:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`). One merge may
+have two stages (:mod:`~mergepipe.pipeline.stages`); :mod:`~mergepipe.pipeline.add` plans one that goes on from a
+finished merge.
 
 Where a GPU works is settled in :mod:`~mergepipe.pipeline.devices` and :mod:`~mergepipe.pipeline.scoring`; what a merge
 found out about each tensor is told by :mod:`~mergepipe.pipeline.diagnostics`, and how each has changed measured by

@@ -26,11 +26,13 @@ from mergepipe.pipeline.align import align
 from mergepipe.pipeline.build import labels_of, plan_tensors, settle_memory, write_workspace
 from mergepipe.pipeline.events import Announcer, Listener, Note
 from mergepipe.pipeline.memory import parse_bytes
+from mergepipe.pipeline.models import InputModel, as_stored, open_models
 from mergepipe.pipeline.plan import Plan, PlannedModel, PlannedTensor, Source, plan_id
 from mergepipe.pipeline.recipe import ModelSpec, Recipe, parse_recipe
+from mergepipe.pipeline.references import parse_reference
 from mergepipe.pipeline.space import check_room, copies_need, output_need, statistics_need
 from mergepipe.pipeline.verify import verify as verify_output
-from mergepipe.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from mergepipe.storage.checkpoint import fingerprint, open_checkpoint
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.tasks.registry import METHODS
 
@@ -87,7 +89,7 @@ def add_model(
         As :func:`mergepipe.build`.
     """
     announce = Announcer(on_event)
-    workspace, path = Workspace(Path(work)), os.path.abspath(model)
+    workspace, path = Workspace(Path(work)), str(parse_reference(os.fspath(model), os.curdir))
     old = Plan.from_json(workspace.read_plan())
     if old.added is not None and os.path.realpath(old.added) == os.path.realpath(path):
         _check_same(old, out, workspace)
@@ -144,7 +146,7 @@ def _kept(old: Plan, workspace: Workspace) -> Plan:
 
 def _check_recipe(old: Plan, path: str) -> None:
     """Refuse what can't be had without the earlier models."""
-    taken = {os.path.realpath(m.path): m.label for m in (*old.models, *old.merged_before) if m.role != "carried"}
+    taken = {os.path.realpath(m.reference): m.label for m in (*old.models, *old.merged_before) if m.role != "carried"}
     if os.path.realpath(path) in taken:
         raise UsageError(f"'{path}' is in this merge already, as '{taken[os.path.realpath(path)]}': nothing to add")
     faults = []
@@ -175,12 +177,12 @@ def _check_recipe(old: Plan, path: str) -> None:
         )
 
 
-def _plan(old: Plan, first: Plan, path: str, out: str | Path | None) -> tuple[Plan, list[Checkpoint]]:
+def _plan(old: Plan, first: Plan, path: str, out: str | Path | None) -> tuple[Plan, list[InputModel]]:
     """The new plan, and what it reads: base, model, and the kept task vectors."""
     whole = _whole_recipe(old, path)
     recipe = replace(whole, models=(ModelSpec(path),))
-    checkpoints = [open_checkpoint(Path(source)) for source in (*recipe.sources, first.output)]
-    if fingerprint(checkpoints[0]) != old.models[0].fingerprint:
+    checkpoints = [*open_models(recipe.sources), as_stored(open_checkpoint(Path(first.output)))]
+    if fingerprint(checkpoints[0].stored) != old.models[0].fingerprint:
         raise InputChangedError(
             f"the base '{old.models[0].path}' changed since the merge was made (size, time or header of a file): bring "
             f"the old one back, or build again with all models"
@@ -190,7 +192,7 @@ def _plan(old: Plan, first: Plan, path: str, out: str | Path | None) -> tuple[Pl
     tensors = tuple(_going_on(t, first) for t in plan_tensors(checkpoints, found, recipe.seed))
     if [(t.name, t.shape) for t in tensors] != [(t.name, t.shape) for t in old.tensors]:
         raise WorkspaceError(f"the base's tensors are not those of the merge in '{old.output}': build it again")
-    shown: dict[str, Any] = {**old.recipe, "models": [*old.recipe["models"], {"model": models[NEW].label}]}
+    shown: dict[str, Any] = {**old.recipe, "models": [*old.recipe["models"], {"model": models[NEW].public}]}
     metadata = {"format": "pt", "mergepipe.recipe": json.dumps(shown, sort_keys=True)}
     record = stages.complete(first)
     assert record is not None, "checked before"
@@ -215,7 +217,7 @@ def _plan(old: Plan, first: Plan, path: str, out: str | Path | None) -> tuple[Pl
 
 def _whole_recipe(old: Plan, path: str) -> Recipe:
     """The recipe of all models together, from that of the finished merge."""
-    paths = {model.label: model.path for model in (*old.models, *old.merged_before) if model.role != "carried"}
+    paths = {model.public: model.reference for model in (*old.models, *old.merged_before) if model.role != "carried"}
     listed = [{**entry, "model": paths[entry["model"]]} for entry in old.recipe["models"]]
     document = {**old.recipe, "base_model": paths[old.recipe["base_model"]], "models": [*listed, {"model": path}]}
     try:
@@ -226,20 +228,23 @@ def _whole_recipe(old: Plan, path: str) -> Recipe:
 
 
 def _models(
-    old: Plan, first: Plan, whole: Recipe, checkpoints: Sequence[Checkpoint]
+    old: Plan, first: Plan, whole: Recipe, checkpoints: Sequence[InputModel]
 ) -> tuple[PlannedModel, PlannedModel, PlannedModel]:
     base = old.models[0]
     new = checkpoints[NEW]
-    nbytes = sum(tensor.nbytes for tensor in new.tensors.values())
+    nbytes = sum(tensor.nbytes for tensor in new.stored.tensors.values())
     model = replace(
         base,
         label=labels_of(whole.sources)[-1],
-        path=whole.sources[-1],
+        path=str(new.root),
+        reference=whole.sources[-1],
+        adapter=new.adapter,
+        drops=new.drops,
         role="model",
         tensors=len(new.tensors),
         nbytes=nbytes,
         copied_bytes=nbytes if base.store == "copy" else 0,
-        fingerprint=fingerprint(new),
+        fingerprint=fingerprint(new.stored),
     )
     carried = PlannedModel(
         label=f"{Path(old.output).name}-{outputs.CARRIED_FOLDER}",

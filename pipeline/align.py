@@ -1,6 +1,7 @@
 """Which tensor of which model goes into which tensor of the output: decided from headers alone.
 
-The output has the tensors of the base (of the first model where there is no base), in the order of its files. Every
+The output has the tensors of the base (of the first model where there is no base), in the order of its files; with
+`differing` those of any model, or of all. Every
 model has to have each of them, in the same shape and of the same kind, and no other; what does not fit is an error that
 names the tensor, the models and the remedy, all of them at once. There are four exceptions, each noted: a tensor that a
 rule passes through, heads where the recipe says `heads`, the stored twin of a tied embedding, and buffers that models
@@ -55,13 +56,16 @@ class AlignedTensor:
     source : int
         The checkpoint that is copied from; for a merge, the one that lends shape and type (the base, else the first).
     models : tuple of int
-        For a merge, the checkpoint of each model of `Recipe.experts_for(name)`, in that order; empty for a copy.
+        For a merge, the checkpoint of each model of `Recipe.experts_for(name)` that has it, in that order; empty for a
+        copy.
     base : int or None
         For a merge, the checkpoint of the base if the tensor's method takes one.
     importances : tuple of int
         For a method that takes them, the checkpoint of each model's importances: positions in `Recipe.inputs`.
     part : int
         Position in `Alignment.views` of the part that it belongs to.
+    kept : tuple of int or None
+        For a merge of some of the models only, which of `Recipe.experts_for(name)` these are.
     names : dict of int to str
         What it is called in a checkpoint that calls it otherwise, by position.
     """
@@ -75,6 +79,7 @@ class AlignedTensor:
     base: int | None = None
     importances: tuple[int, ...] = ()
     part: int = 0
+    kept: tuple[int, ...] | None = None
     names: dict[int, str] = field(default_factory=dict)
 
     def name_in(self, number: int) -> str:
@@ -120,7 +125,16 @@ class Alignment:
         return sum(tensor.action == "copy" for tensor in self.tensors)
 
 
-def align(recipe: Recipe, checkpoints: Sequence[Checkpoint], faults: Faults = FIRST) -> Alignment:
+Differing = Literal["union", "intersection"]
+"""What becomes of a tensor that not every model has, where that is no error."""
+
+
+def align(
+    recipe: Recipe,
+    checkpoints: Sequence[Checkpoint],
+    faults: Faults = FIRST,
+    differing: Differing | None = None,
+) -> Alignment:
     """Line up the tensors of the checkpoints.
 
     Parameters
@@ -131,6 +145,8 @@ def align(recipe: Recipe, checkpoints: Sequence[Checkpoint], faults: Faults = FI
         `config` are looked at.
     faults : Faults, optional
         Takes in the disagreements; where it keeps them, the tensors that fit come back.
+    differing : {'union', 'intersection'}, optional
+        Tensors that not every model has are merged from those that have them, or left out; by default an error.
 
     Raises
     ------
@@ -143,18 +159,18 @@ def align(recipe: Recipe, checkpoints: Sequence[Checkpoint], faults: Faults = FI
         raise ValueError(f"expected {len(recipe.inputs)} checkpoints, one per input, found {len(checkpoints)}")
     _refuse_quantised(recipe, checkpoints)
     check_adapters(recipe, checkpoints)
-    return _Whole(recipe, checkpoints).align(faults)
+    return _Whole(recipe, checkpoints, differing).align(faults)
 
 
 class _Whole:
     """Puts the parts of a recipe together."""
 
-    def __init__(self, recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
+    def __init__(self, recipe: Recipe, checkpoints: Sequence[Checkpoint], differing: Differing | None = None) -> None:
         self.recipe = recipe
         self.checkpoints = checkpoints[: len(recipe.sources)]
         self.found = views_of(recipe, self.checkpoints)
         inputs = {path: (number, checkpoints[number]) for number, path in enumerate(recipe.inputs)}
-        self.aligners = [_Aligner(view, inputs) for view in self.found.views]
+        self.aligners = [_Aligner(view, inputs, differing) for view in self.found.views]
         places = {path: position for position, path in enumerate(recipe.sources)}
         self.places = [[places[path] for path in aligner.recipe.sources] for aligner in self.aligners]
         self.problems = {text: [remedy] for text, remedy in self.found.problems.items()}
@@ -247,11 +263,14 @@ class _Whole:
 class _Aligner:
     """Goes through all names of one part once and collects tensors, notes and problems."""
 
-    def __init__(self, view: View, inputs: Mapping[str, tuple[int, Checkpoint]]) -> None:
+    def __init__(
+        self, view: View, inputs: Mapping[str, tuple[int, Checkpoint]], differing: Differing | None = None
+    ) -> None:
         self.recipe = view.part.recipe
         self.inputs = inputs
         self.where = f"{view.part.path}: " if view.part.sliced else ""
         self.checkpoints = view.checkpoints
+        self.differing = differing
         self.tensors: list[AlignedTensor] = []
         self.side: dict[int, list[str]] = {}
         self.noted: dict[str, list[str]] = {}
@@ -282,6 +301,8 @@ class _Aligner:
             self._leave_out(name, "left out, the configuration ties it to the embedding")
         elif head_of(name) in self.own_heads:
             self._head(name, owners)
+        elif self.differing is not None and len(owners) < len(self.everyone):
+            self._not_everyones(name, owners)
         elif self._fits(name, owners):
             self._merge_or_copy(name, owners)
 
@@ -377,6 +398,37 @@ class _Aligner:
         scopes += [] if rule is None else [rule.parameters]
         return any(scope.get("scale") is not None for scope in scopes)
 
+    def _not_everyones(self, name: str, owners: Mapping[int, TensorEntry]) -> None:
+        """A tensor that some models lack, as `differing` says."""
+        if self.differing == "intersection":
+            self._leave_out(name, "left out, not every model has it")
+        elif self._is_same_kind(name, owners) and self._is_same_shape(name, owners):
+            self._merge_some(name, owners)
+
+    def _merge_some(self, name: str, owners: Mapping[int, TensorEntry]) -> None:
+        """Merge what there is, if the method can do with it; else take the tensor from the first that has it."""
+        from mergepipe.tasks.registry import METHODS
+
+        first = min(owners)
+        entry, method = owners[first], METHODS[self.recipe.method_for(name)]
+        found = self._experts(name)
+        kept = tuple(place for place, index in enumerate(found) if index in owners)
+        experts = tuple(found[place] for place in kept)
+        based = self.recipe.base_model is not None and method.base != "ignored"
+        enough = method.min_models <= len(experts) <= (method.max_models or len(experts))
+        if (
+            enough
+            and DTYPES[entry.dtype].role == "merged"
+            and (not based or 0 in owners)
+            and method.name != "passthrough"
+        ):
+            self._note(name, "merged from the models that have it")
+            base = 0 if based else None
+            self.tensors.append(AlignedTensor(name, entry.shape, entry.dtype, "merge", first, experts, base, kept=kept))
+        else:
+            self._note(name, f"copied from {self._path(first)}, too few models have it")
+            self._copy(name, first, owners)
+
     # -- special tensors
 
     def _heads_that_differ(self) -> set[str | None]:
@@ -430,14 +482,15 @@ class _Aligner:
             self.refused = True
             text = f"'{name}' is {owners[refused[0]].dtype} in {self._paths(refused)}"
             return self._problem(text, "the codes of 8-bit floats can't be averaged without scales: dequantise first")
-        different = [index for index, role in roles.items() if role != roles[0]]
+        different = [index for index, role in roles.items() if role != roles[min(owners)]]
         if different:
             text = f"'{name}' is {self._described(owners, different, lambda entry: entry.dtype)}"
             return self._problem(text, "integers can't be merged with floating-point numbers: was a model quantised?")
         return True
 
     def _is_same_shape(self, name: str, owners: Mapping[int, TensorEntry]) -> bool:
-        different = [index for index, entry in owners.items() if entry.shape != owners[0].shape]
+        first = owners[min(owners)]
+        different = [index for index, entry in owners.items() if entry.shape != first.shape]
         if different:
             text = f"'{name}' is {self._described(owners, different, lambda entry: str(entry.shape))}"
             axis = vocabulary_tensors(self.checkpoints).get(name)
@@ -455,6 +508,8 @@ class _Aligner:
                 text, "adapters are merged pair by pair: train or extract all for one rank and modules"
             )
         remedy = "drop the model, or add a rule {match: NAME, merge_method: passthrough} to take the first source's"
+        if not any(checkpoint.config for checkpoint in self.checkpoints):
+            remedy += ", or build with --tensors union or intersection"
         return self._problem(text, remedy)
 
     def _problem(self, text: str, remedy: str) -> Literal[False]:
@@ -470,7 +525,8 @@ class _Aligner:
         for index in different:
             found.setdefault(show(owners[index]), []).append(index)
         rest = ", ".join(f"{value} in {self._paths(indices)}" for value, indices in found.items())
-        return f"{show(owners[0])} in {self._path(0)} but {rest}"
+        first = min(owners)
+        return f"{show(owners[first])} in {self._path(first)} but {rest}"
 
     def _path(self, index: int) -> str:
         return f"'{self.recipe.sources[index]}'"

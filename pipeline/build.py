@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -34,7 +33,7 @@ from mergepipe.errors import (
     WorkspaceError,
 )
 from mergepipe.pipeline import outputs, stages
-from mergepipe.pipeline.align import AlignedTensor, Alignment, align
+from mergepipe.pipeline.align import AlignedTensor, Alignment, Differing, align
 from mergepipe.pipeline.beside import BesideFiles, files_beside
 from mergepipe.pipeline.chain import Merge, check_dropped, load_chain
 from mergepipe.pipeline.chain_plan import collected, earlier_of, is_whole, made_checkpoint, take_together
@@ -45,20 +44,22 @@ from mergepipe.pipeline.inputs import check_inputs
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.masks import refuse_gathered
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
+from mergepipe.pipeline.models import InputModel, as_models, as_stored, open_models, stored_of
 from mergepipe.pipeline.obstacles import abandoned_work, unfinished_names
 from mergepipe.pipeline.parsing import NOT_MERGED
 from mergepipe.pipeline.parts import parts_of
 from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTensor, Source, plan_id
 from mergepipe.pipeline.recipe import Recipe, settings
+from mergepipe.pipeline.references import parse_reference
 from mergepipe.pipeline.schedule import schedule
 from mergepipe.pipeline.scope import rule_faults
 from mergepipe.pipeline.space import Need, check_room, copies_need, output_need, statistics_need
 from mergepipe.pipeline.stacking import View
 from mergepipe.pipeline.values import layer_counts
-from mergepipe.pipeline.vocabulary import Vocabulary, merge_vocabularies
+from mergepipe.pipeline.vocabulary import Vocabulary, merge_vocabularies, refuse_adjusted
 from mergepipe.pipeline.vocabulary_rows import PlannedVocabulary, planned_vocabulary, write_rows
 from mergepipe.storage.atomic import fsync_path, write_atomic
-from mergepipe.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from mergepipe.storage.checkpoint import Checkpoint, fingerprint
 from mergepipe.storage.copied import copy_store
 from mergepipe.storage.dtypes import DTYPES, MERGED_ALIASES
 from mergepipe.storage.layout import group_by_size
@@ -66,8 +67,6 @@ from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
 from mergepipe.storage.virtual import kerchunk_references
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.tasks.registry import method as find_method
-
-logger = logging.getLogger(__name__)
 
 StoreKind = Literal["auto", "virtual", "copy"]
 
@@ -98,6 +97,7 @@ class Order:
     shard_size: str | int | None = None
     overrides: tuple[str, ...] = ()
     force: bool = False
+    tensors: Differing | None = None
 
 
 @dataclass(slots=True)
@@ -130,6 +130,7 @@ def build(
     chunk_size: str | int = CHUNK_BYTES,
     shard_size: str | int | None = None,
     overrides: Sequence[str] = (),
+    tensors: Differing | None = None,
     force: bool = False,
     on_event: Listener | None = None,
 ) -> Plan:
@@ -154,6 +155,8 @@ def build(
         Of a chunk; of an output file (by default the base's division into files is kept).
     overrides : sequence of str
         ``"parameters.lambda=0.5"`` and the like: recipe values to replace.
+    tensors : {'union', 'intersection'}, optional
+        Merge tensors that not every model has from those that have them, or leave them out; by default they are errors.
     force : bool
         Drop the unfinished work of another recipe that the workspace holds.
     on_event : callable, optional
@@ -169,7 +172,7 @@ def build(
         If anything is wrong; no work has been done then.
     """
     announce = Announcer(on_event)
-    order = Order(recipe, work, out, memory, workers, store, chunk_size, shard_size, tuple(overrides), force)
+    order = Order(recipe, work, out, memory, workers, store, chunk_size, shard_size, tuple(overrides), force, tensors)
     examined = examine(order, FIRST, announce)
     planned, abandoned, root = examined.planned, examined.abandoned, Workspace(Path(work))
     root.create()
@@ -207,7 +210,7 @@ def examine(order: Order, faults: Faults, announce: Announcer) -> Examined:
     with faults.taken():
         merges = load_chain(order.recipe, Path(order.work), order.overrides, faults=faults)
         examined.unchecked = ()
-        _plan_all(merges, options, faults, examined)
+        _plan_all(merges, options, faults, examined, announce)
         root = Workspace(Path(order.work))
         if len(examined.planned) < len(merges):
             last = merges[-1]
@@ -222,7 +225,9 @@ def examine(order: Order, faults: Faults, announce: Announcer) -> Examined:
     return examined
 
 
-def _plan_all(merges: Sequence[Merge], options: _Options, faults: Faults, examined: Examined) -> None:
+def _plan_all(
+    merges: Sequence[Merge], options: _Options, faults: Faults, examined: Examined, announce: Announcer
+) -> None:
     """Plan every merge of a chain whose inputs are there or will be; what is wrong with several is told together."""
     errors: list[tuple[str, MergepipeError]] = []
     for merge in merges:
@@ -231,7 +236,7 @@ def _plan_all(merges: Sequence[Merge], options: _Options, faults: Faults, examin
         # What is wrong with the recipe says what else can be looked at, where there is one merge.
         own = faults if faults.keep and len(merges) == 1 else Faults(keep=faults.keep)
         with collected(errors, merge.name or "the result"):
-            found = _plan_merge(merge, options, _read_by(merge, examined.planned), own, examined)
+            found = _plan_merge(merge, options, _read_by(merge, examined.planned), own, examined, announce)
             examined.planned += [] if found is None else [found]
         if own is not faults:
             errors += [(merge.name or "the result", error) for error in own.errors]
@@ -246,6 +251,7 @@ def _options(order: Order) -> _Options:
         store="copy" if order.store == "copy" else "virtual",
         chunk_bytes=parse_bytes(order.chunk_size),
         shard_bytes=None if order.shard_size is None else parse_bytes(order.shard_size),
+        tensors=order.tensors,
     )
 
 
@@ -259,6 +265,7 @@ class _Options:
     store: Literal["virtual", "copy"]
     chunk_bytes: int
     shard_bytes: int | None
+    tensors: Differing | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +274,7 @@ class Planned:
 
     merge: Merge
     plan: Plan
-    checkpoints: Sequence[Checkpoint]
+    checkpoints: Sequence[InputModel]
     vocabulary: Vocabulary | None
     beside: BesideFiles
 
@@ -286,7 +293,7 @@ def _output(merge: Merge, options: _Options) -> Path:
 
 
 def _plan_merge(
-    merge: Merge, options: _Options, before: Sequence[Planned], faults: Faults, examined: Examined
+    merge: Merge, options: _Options, before: Sequence[Planned], faults: Faults, examined: Examined, announce: Announcer
 ) -> Planned | None:
     """Plan one merge, given those that it reads; None where faults that were kept leave it unclear what to plan."""
     recipe = merge.recipe
@@ -295,23 +302,25 @@ def _plan_merge(
         for found in before
     }
     examined.unchecked = ("tensors", *AFTER_TENSORS)
-    checkpoints = open_all(recipe.inputs, made, faults)
-    sound = _without(recipe, {str(checkpoint.root) for checkpoint in checkpoints})
+    checkpoints = open_models(recipe.inputs, announce, made, faults)
+    sound = _without(recipe, {str(checkpoint.reference) for checkpoint in checkpoints})
     decisive = [fault.path for fault in faults.of_recipe() if ".parameters" not in fault.path]
     if not sound.sources or any(path.startswith(SHAPING) for path in decisive):
         return None
-    vocabulary, beside, fitted = None, BesideFiles(), list(checkpoints)
+    vocabulary, beside, fitted = None, BesideFiles(), list[Checkpoint](checkpoints)
     if sound is recipe:
         told = len(faults.errors)
         with faults.taken(), tempfile.TemporaryDirectory(prefix="mergepipe-build-") as name:
             wants_files = recipe.tokenizer is not None or recipe.chat_template is not None
             staged = _staged(before, Path(name)) if wants_files else {}
             vocabulary = merge_vocabularies(recipe, checkpoints[: len(recipe.sources)], staged)
-            beside = files_beside(recipe, vocabulary, staged)
+            refuse_adjusted(vocabulary, checkpoints)
+            roots = {text: one.root for text, one in zip(recipe.inputs, checkpoints, strict=True)}
+            beside = files_beside(recipe, vocabulary, roots | staged)
         if len(faults.errors) > told:
             return None
         fitted = fitted if vocabulary is None else vocabulary.fitted(checkpoints)
-    alignment = align(sound, fitted, faults)
+    alignment = align(sound, fitted, faults, options.tensors)
     examined.unchecked = AFTER_TENSORS
     if sound is not recipe or any(path.startswith(DECIDING) for path in decisive):
         return None
@@ -443,7 +452,7 @@ def settle_memory(plan: Plan, checkpoints: Sequence[Checkpoint], memory: str | i
     if memory is None and whole:
         plan = stages.with_allowed(plan, max(DEFAULT_ALLOWED, available_bytes() // 2))
     # Tensors at odd places of their files can't be mapped: each window takes memory.
-    odd = [any(t.offset % 8 for t in found.tensors.values()) for found in checkpoints]
+    odd = [any(t.offset % 8 for t in stored_of(found).tensors.values()) for found in checkpoints]
     odd += [False] * (len(plan.models) - len(odd))
     gathered = [model.store == "copy" or at for model, at in zip(plan.models, odd, strict=True)]
     for stage in plan.stages:
@@ -461,31 +470,6 @@ def _withdraw(workspace: Workspace, plan: Plan) -> None:
 def _is_whole(tensor: PlannedTensor, seed: int) -> bool:
     """Whether a tensor's method looks at it as a whole matrix."""
     return tensor.action == "merge" and find_method(tensor.method).whole(tensor.job(seed)) is not None
-
-
-def open_all(
-    paths: Sequence[str], made: Mapping[str, Checkpoint] | None = None, faults: Faults = FIRST
-) -> list[Checkpoint]:
-    """Open every checkpoint, but for those that will be made; what is wrong with several of them is told together.
-
-    Raises
-    ------
-    CheckpointError
-        Unless `faults` keeps it; then those that are sound are returned.
-    """
-    opened, errors = [], []
-    for path in paths:
-        try:
-            checkpoint = (made or {}).get(path) or open_checkpoint(Path(path))
-            logger.info("'%s': %d tensors in %d files", path, len(checkpoint.tensors), len(checkpoint.files))
-            opened.append(checkpoint)
-        except CheckpointError as error:
-            errors.append(error)
-    if len(errors) > 1 and not faults.keep:
-        raise CheckpointError("\n".join(str(error) for error in errors))
-    for each in errors:
-        faults.take(each)
-    return opened
 
 
 def make_plan(
@@ -529,15 +513,16 @@ def make_plan(
     RecipeError
         If a tensor gets a setting that is missing or out of bounds, or that its shape does not suit.
     """
-    models = _plan_models(recipe, checkpoints, store, {plan.output for plan in before})
-    tensors = plan_tensors(checkpoints, alignment, recipe.seed, faults)
+    opened = as_models(checkpoints, recipe.inputs)
+    models = _plan_models(recipe, opened, store, {plan.output for plan in before})
+    tensors = plan_tensors(opened, alignment, recipe.seed, faults)
     sound = {tensor.name for tensor in tensors}
     alignment = replace(alignment, tensors=tuple(t for t in alignment.tensors if t.name in sound))
     adapter = checkpoints[0].is_adapter
     # PEFT knows one file only.
-    groups = _plan_groups(tensors, alignment, checkpoints, 1 << 62 if adapter else shard_bytes)
+    groups = _plan_groups(tensors, alignment, opened, 1 << 62 if adapter else shard_bytes)
     side = {
-        models[number].label: tuple(Source(number, name, checkpoints[number].tensors[name].dtype) for name in names)
+        models[number].label: tuple(_side_source(opened, number, name) for name in names)
         for number, names in sorted(alignment.side.items())
     }
     shown = _shown_recipe(recipe, models)
@@ -560,7 +545,7 @@ def make_plan(
         side=side,
         sidecar=0,
         dtype=recipe.output_dtype,
-        notes=(*recipe.notes, *_twin_notes(checkpoints), *beside.notes, *alignment.notes, *_idle_rules(recipe, tensors)),
+        notes=(*recipe.notes, *_input_notes(opened), *beside.notes, *alignment.notes, *_idle_rules(recipe, tensors)),
         allowed=allowed,
         chunk_bytes=chunk_bytes,
         seed=recipe.seed,
@@ -573,8 +558,30 @@ def make_plan(
     return stages.split(plan)
 
 
-def _twin_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    return [
+def _source(checkpoints: Sequence[InputModel], number: int, name: str) -> Source:
+    """A tensor of a model as it is stored, and what has to be done to it."""
+    found = checkpoints[number]
+    return Source(number, name, found.stored.tensors[name].dtype, found.adjust.get(name, ()))
+
+
+def _side_source(checkpoints: Sequence[InputModel], number: int, name: str) -> Source:
+    source = _source(checkpoints, number, name)
+    if source.adjust:
+        raise CheckpointError(
+            f"'{name}' of '{checkpoints[number].reference}' has an adapter or scales, and can't be kept beside the "
+            "merge as it is stored: use `heads: base` or `heads: model:<path>`, or save the model merged first"
+        )
+    return source
+
+
+def _input_notes(checkpoints: Sequence[InputModel]) -> list[str]:
+    notes = [note for found in checkpoints for note in found.notes]
+    notes += [
+        f"'{found.root}' holds {', '.join(found.beside[:5])} beside the state dict: left out"
+        for found in checkpoints
+        if found.beside
+    ]
+    return notes + [
         f"'{found.root}' stores {twin} and {name} as the same bytes: merged and written once, as {name}"
         for found in checkpoints
         for twin, name in found.twins.items()
@@ -592,29 +599,33 @@ def _idle_rules(recipe: Recipe, tensors: Sequence[PlannedTensor]) -> list[str]:
 
 
 def _plan_models(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], asked: Literal["virtual", "copy"], made: AbstractSet[str]
+    recipe: Recipe, checkpoints: Sequence[InputModel], asked: Literal["virtual", "copy"], made: AbstractSet[str]
 ) -> tuple[PlannedModel, ...]:
     bases = {recipe.base_model, *(part.base_model for part in parts_of(recipe))}
     models = []
     roles: dict[str, Literal["base", "model", "importance"]] = dict.fromkeys(recipe.inputs, "importance")
     roles |= dict.fromkeys(recipe.sources, "model")
     roles |= {path: "base" for path in bases if path is not None}
-    for label, path, checkpoint in zip(labels_of(recipe.inputs), recipe.inputs, checkpoints, strict=True):
-        nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        store: Literal["virtual", "copy"] = "virtual" if path in made else asked
-        why = "asked for" if store == "copy" else "local safetensors files, read where they are"
+    for label, reference, checkpoint in zip(labels_of(recipe.inputs), recipe.inputs, checkpoints, strict=True):
+        nbytes = sum(tensor.nbytes for tensor in checkpoint.stored.tensors.values())
+        is_made = checkpoint.reference.model in made
+        store: Literal["virtual", "copy"] = "virtual" if is_made else asked
+        why = "asked for" if store == "copy" else "local files, read where they are"
         models.append(
             PlannedModel(
                 label=label,
-                path=path,
-                role=roles[path],
+                path=str(checkpoint.root),
+                role=roles[reference],
                 store=store,
-                why="made before, by this recipe" if path in made else why,
+                why="made before, by this recipe" if is_made else why,
                 tensors=len(checkpoint.tensors),
                 nbytes=nbytes,
                 copied_bytes=nbytes if store == "copy" else 0,
-                fingerprint=fingerprint(checkpoint),
-                made=path in made,
+                fingerprint=fingerprint(checkpoint.stored),
+                made=is_made,
+                reference=reference,
+                adapter=checkpoint.adapter,
+                drops=checkpoint.drops,
             )
         )
     return tuple(models)
@@ -631,7 +642,7 @@ def labels_of(paths: Sequence[str]) -> list[str]:
     taken: Counter[str] = Counter()
     labels = []
     for path in paths:
-        name = Path(path).name
+        name = parse_reference(path).label
         taken[name] += 1
         labels.append(name if taken[name] == 1 else f"{name}-{taken[name]}")
     return labels
@@ -647,6 +658,7 @@ def plan_tensors(
     RecipeError
         If a setting is missing or out of bounds, unless `faults` keeps it; then the sound tensors are returned.
     """
+    opened = [one if isinstance(one, InputModel) else as_stored(one) for one in checkpoints]
     counts = [
         layer_counts(tensor.name for tensor in alignment.tensors if tensor.part == number)
         for number in range(len(alignment.views))
@@ -656,7 +668,7 @@ def plan_tensors(
     for tensor in alignment.tensors:
         try:
             view = alignment.views[tensor.part]
-            made = _plan_tensor(view, checkpoints, tensor, counts[tensor.part])
+            made = _plan_tensor(view, opened, tensor, counts[tensor.part])
             _check_suits(made, seed)
             planned.append(made)
         except RecipeError as error:
@@ -678,15 +690,15 @@ def _check_suits(tensor: PlannedTensor, seed: int) -> None:
 
 
 def _plan_tensor(
-    view: View, checkpoints: Sequence[Checkpoint], tensor: AlignedTensor, counts: dict[str, int]
+    view: View, checkpoints: Sequence[InputModel], tensor: AlignedTensor, counts: dict[str, int]
 ) -> PlannedTensor:
     def source(number: int) -> Source:
-        name = tensor.name_in(number)
-        return Source(number, name, checkpoints[number].tensors[name].dtype)
+        return _source(checkpoints, number, tensor.name_in(number))
 
     recipe = view.part.recipe
+    adjusted = bool(source(tensor.source).adjust)
     copied = PlannedTensor(tensor.name, tensor.shape, tensor.dtype, "copy", source(tensor.source), ())
-    if tensor.action == "copy" and not _recast(recipe, tensor.dtype):
+    if tensor.action == "copy" and not adjusted and not _recast(recipe, tensor.dtype):
         return copied
     if tensor.action == "copy":
         plain = find_method("passthrough")
@@ -706,9 +718,17 @@ def _plan_tensor(
             work=_work_dtype([tensor.dtype]),
         )
     layer, n_layers = view.place(tensor.name, counts)
-    names = [tensor.name_in(number) for number in tensor.models]
+    names = [tensor.name] * len(recipe.experts_for(tensor.name))
+    kept = range(len(names)) if tensor.kept is None else tensor.kept
+    for place, number in zip(kept, tensor.models, strict=True):
+        names[place] = tensor.name_in(number)
     wanted = settings(recipe, tensor.name, n_layers, layer=layer, names=names)
     base = None if tensor.base is None else source(tensor.base)
+    if base is not None and base.adjust and find_method(wanted.method).masks is not None:
+        raise CheckpointError(
+            f"'{tensor.name}': {wanted.method} keeps masks that need the base as it is stored, and "
+            f"'{checkpoints[base.model].reference}' has an adapter or scales: save it merged first"
+        )
     models = tuple(source(number) for number in tensor.models)
     importances = tuple(source(number) for number in tensor.importances)
     return PlannedTensor(
@@ -720,9 +740,9 @@ def _plan_tensor(
         models,
         method=wanted.method,
         params=_as_saved(wanted.params),
-        model_params=tuple(_as_saved(params) for params in wanted.model_params),
+        model_params=tuple(_as_saved(wanted.model_params[place]) for place in kept),
         sparsify=wanted.sparsify,
-        sparsify_params=tuple(_as_saved(params) for params in wanted.sparsify_params),
+        sparsify_params=tuple(_as_saved(wanted.sparsify_params[place]) for place in kept if wanted.sparsify_params),
         work=_work_dtype([s.dtype for s in (*models, *importances)] + ([base.dtype] if base else [])),
         scope=wanted.scope,
         importances=importances,
@@ -749,7 +769,7 @@ def _work_dtype(dtypes: Sequence[str]) -> str:
 def _plan_groups(
     tensors: Sequence[PlannedTensor],
     alignment: Alignment,
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[InputModel],
     shard_bytes: int | None,
 ) -> tuple[tuple[str, ...], ...]:
     """Which tensors share an output file: those that share one in the base, or as many as fit `shard_bytes`.
@@ -776,7 +796,8 @@ def _plan_groups(
 
 def _shown_recipe(recipe: Recipe, models: Sequence[PlannedModel]) -> dict[str, Any]:
     """The recipe for the header, the card and the manifest: folder names in place of paths of this machine."""
-    labels = {model.path: model.label for model in models}
+    # Ids of a hub say where a model is from, for everybody; with the commit that was read.
+    labels = {model.reference: model.public for model in models}
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):
@@ -884,9 +905,9 @@ def _make_store(
     model: PlannedModel, checkpoint: Checkpoint, folder: Path, chunk_bytes: int, announce: Announcer, *, mend: bool
 ) -> ChunkManifest:
     if model.store == "virtual":
-        return virtual_manifest(checkpoint, chunk_bytes)
+        return virtual_manifest(stored_of(checkpoint), chunk_bytes)
     return copy_store(
-        checkpoint,
+        stored_of(checkpoint),
         folder / "zarr",
         chunk_bytes,
         lambda nbytes: announce(CopyProgress(model.label, nbytes, model.nbytes)),

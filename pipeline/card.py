@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mergepipe.pipeline.plan import Plan
+from mergepipe.storage.checkpoint import CONFIG
 from mergepipe.tasks.registry import method as find_method
 
 CARRIED = """# Merged task vectors
@@ -22,11 +24,13 @@ def model_card(plan: Plan) -> str:
     if plan.sidecar is None:
         return CARRIED.format(version=plan.version, title=method.title)
     models = [m for m in (*plan.models[:1], *plan.merged_before, *plan.models[1:]) if m.role != "carried"]
-    began = [model.label for model in models if not model.made and model.role != "importance"]
+    began = [model.public for model in models if not model.made and model.role != "importance"]
     began += [label for earlier in plan.earlier for label in earlier.models]
+    is_model = (Path(plan.models[plan.sidecar].path) / CONFIG).exists()
+    library = "peft" if plan.stem == "adapter_model" else "transformers" if is_model else None
     front: dict[str, Any] = {
-        "base_model": list(dict.fromkeys(began)),
-        "library_name": "peft" if plan.stem == "adapter_model" else "transformers",
+        "base_model": list(dict.fromkeys(name.partition("@")[0] for name in began)),
+        **({"library_name": library} if library else {}),
         # The first two are what the hub's readers and the tools around mergekit look merges up by.
         "tags": ["mergekit", "merge", "mergepipe", method.name],
     }
@@ -42,7 +46,7 @@ def model_card(plan: Plan) -> str:
         lines += ["", f"Paper: [{method.paper.title}]({method.paper.url})"]
     lines += ["", "## Models", ""]
     roles = {"base": " (base)", "importance": " (importances)", "model": ""}
-    lines += [f"* `{model.label}`{roles[model.role]}{', a merge itself' if model.made else ''}" for model in models]
+    lines += [f"* `{model.public}`{roles[model.role]}{', a merge itself' if model.made else ''}" for model in models]
     recipes = [*(earlier.recipe for earlier in plan.earlier), plan.recipe]
     lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True).strip()]
     lines += ["```", ""]

@@ -57,7 +57,7 @@ def is_whole(plan: Plan) -> bool:
 
 def earlier_of(plans: Sequence[Plan]) -> tuple[Earlier, ...]:
     """What a plan keeps of those that come before it."""
-    return tuple(Earlier(plan.recipe, tuple(m.label for m in plan.models if not m.made)) for plan in plans)
+    return tuple(Earlier(plan.recipe, tuple(m.public for m in plan.models if not m.made)) for plan in plans)
 
 
 @contextmanager

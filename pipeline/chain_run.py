@@ -17,9 +17,9 @@ from mergepipe.errors import Interrupted
 from mergepipe.pipeline import changes, outputs
 from mergepipe.pipeline.chain_plan import is_whole
 from mergepipe.pipeline.events import Announcer, Note
+from mergepipe.pipeline.models import open_model
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.schedule import ceiling_of
-from mergepipe.storage.checkpoint import open_checkpoint
 from mergepipe.storage.manifest import virtual_manifest
 from mergepipe.storage.virtual import kerchunk_references
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
@@ -98,7 +98,7 @@ def _take_in(workspace: Workspace, plan: Plan) -> None:
     for number, model in enumerate(plan.models):
         path = workspace.manifest_file(number, model.label)
         if model.made and not path.exists():
-            manifest = virtual_manifest(open_checkpoint(Path(model.path)), plan.chunk_bytes)
+            manifest = virtual_manifest(open_model(model.reference).stored, plan.chunk_bytes)
             path.parent.mkdir(parents=True, exist_ok=True)
             (path.parent / "kerchunk.json").write_bytes(json.dumps(kerchunk_references(manifest)).encode())
             manifest.save(path)

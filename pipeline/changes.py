@@ -39,6 +39,7 @@ from mergepipe.storage.manifest import ChunkManifest, ManifestArray
 from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.workspace import Workspace
 from mergepipe.tasks import change
+from mergepipe.tasks.adjust import held_bytes
 from mergepipe.tasks.method import Job, State, block_elements
 from mergepipe.tasks.nodes import Nowhere, TensorSource, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
@@ -80,15 +81,32 @@ def check(plan: Plan, ceiling: Ceiling, on_shard: str | None) -> None:
             f"none here: leave it out"
         )
     matrices = [plan.tensors[number] for number in numbers if len(plan.tensors[number].shape) == 2]
-    largest = max(matrices, key=lambda tensor: gap_floats(_matrix(tensor)), default=None)
+    largest = max(matrices, key=_matrix_bytes, default=None)
     if largest is None:
         return
-    needed = ceiling.reserved + TORCH_BYTES + 8 * gap_floats(_matrix(largest))
+    needed = ceiling.reserved + TORCH_BYTES + _matrix_bytes(largest)
     if needed > ceiling.allowed:
         raise MemoryBudgetError(
             f"the singular values of '{largest.name}', which --diagnostics asks for, do not fit the memory ceiling of "
             f"{ceiling.allowed / MIB:,.0f} MiB; the smallest that would do is --memory {-(-needed // MIB)}MiB"
         )
+
+
+def _work(tensor: PlannedTensor) -> np.dtype[Any]:
+    """The type that output and base are compared in."""
+    assert tensor.base is not None, "it is compared with one"
+    return np.dtype("f8" if "F64" in (tensor.base.dtype, tensor.dtype) else "f4")
+
+
+def _held(tensor: PlannedTensor) -> int:
+    """What the adjustments of the base take."""
+    assert tensor.base is not None, "it is compared with one"
+    return held_bytes(tensor.base.adjust, tensor.shape, _work(tensor).itemsize)
+
+
+def _matrix_bytes(tensor: PlannedTensor) -> int:
+    """What finding singular values takes."""
+    return 8 * gap_floats(_matrix(tensor)) + _held(tensor)
 
 
 def add_to(record: dict[str, Any], found: Mapping[str, dict[str, Any]]) -> None:
@@ -205,16 +223,14 @@ class Survey:
 
     def _job(self, number: int) -> Job:
         tensor = self._plan.tensors[number]
-        assert tensor.base is not None, "it is compared with one"
-        work = np.dtype("f8" if "F64" in (tensor.base.dtype, tensor.dtype) else "f4")
-        return Job(tensor.name, tensor.shape, 1, work, {}, ({},))
+        return Job(tensor.name, tensor.shape, 1, _work(tensor), {}, ({},))
 
     def _units(self, number: int) -> tuple[tuple[int, int], ...]:
         tensor, job = self._plan.tensors[number], self._job(number)
         itemsize, block = DTYPES[tensor.dtype].itemsize, block_elements(tensor.shape)
         unit = UnitShape(block, 2, job.work.itemsize, 0, job.work.itemsize, find_method(CARRIER).scratch_rows, True)
         shapes = [one.shapes(job)[1] for one in change.reductions(job)]
-        kept = TensorShape(0, job.blocks * max(math.prod(row) for row in shapes if row is not None))
+        kept = TensorShape(0, job.blocks * max(math.prod(row) for row in shapes if row is not None), _held(tensor))
         wanted = blocks_in(self._plan.chunk_bytes, itemsize, block)
         step = self._ceiling.blocks_per_unit(unit, kept, wanted, block, tensor.name)
         return tuple((first, min(first + step, job.blocks)) for first in range(0, job.blocks, step))
@@ -229,7 +245,8 @@ class Survey:
         source = tensor.base
         assert source is not None, "it is compared with one"
         model = self._plan.models[source.model]
-        return TensorSource(model.path, self._bases[source.model], source.name, source.dtype)
+        found = TensorSource(model.reference or model.path, self._bases[source.model], source.name, source.dtype)
+        return found.adjusted(source.adjust, _work(tensor), self._reader)
 
     def _merged(self, tensor: PlannedTensor) -> TensorSource:
         return TensorSource(self._plan.output, self._output, tensor.name, tensor.dtype)
@@ -246,7 +263,7 @@ class Survey:
             rows = work.decoded(blocks_of(shape, span))
             return torch.from_numpy(rows.reshape(-1, shape[1])).to(self._device)
 
-        with admission.holding(8 * gap_floats(shape)):
+        with admission.holding(_matrix_bytes(tensor)):
             like = torch.empty(0, dtype=torch.float64, device=self._device)
             self._keep({"type": "gaps", "tensor": bundle[0], "found": gaps(Made(shape, panel), like)})
 

@@ -27,6 +27,15 @@ class CopyProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class DownloadProgress:
+    """`build` has fetched a file of `nbytes` of the `total` bytes that are missing of a model of the hub."""
+
+    model: str
+    nbytes: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunStarted:
     """A run begins: `total_bytes` are to be read and written in all sweeps together, `done_bytes` of them are done.
 
@@ -71,7 +80,7 @@ class RunFinished:
     seconds: float
 
 
-Event = Note | CopyProgress | RunStarted | UnitFinished | TensorFinished | ShardSealed | RunFinished
+Event = Note | CopyProgress | DownloadProgress | RunStarted | UnitFinished | TensorFinished | ShardSealed | RunFinished
 Listener = Callable[[Event], None]
 
 

@@ -25,13 +25,13 @@ from mergepipe.errors import CheckpointError, MemoryBudgetError, TensorMismatchE
 from mergepipe.pipeline import devices, outputs
 from mergepipe.pipeline.admission import Admission
 from mergepipe.pipeline.align import is_buffer
-from mergepipe.pipeline.build import open_all
 from mergepipe.pipeline.deltas import WINDOW_BYTES, Deltas
 from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.events import Announcer, Listener, Note, RunStarted, TensorFinished, UnitFinished
 from mergepipe.pipeline.lora import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Part, adapter_config, parts_of, targets
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, MIB, RESERVED_BYTES, TORCH_BYTES, parse_bytes
+from mergepipe.pipeline.models import open_all
 from mergepipe.pipeline.space import Need, check_room
 from mergepipe.pipeline.spool import Kept, Spool, Wanted
 from mergepipe.storage.atomic import no_room_errors, write_atomic

@@ -150,10 +150,13 @@ class TensorShape:
         Integers counted by its largest sweep, per worker and once more for the sum.
     blocks : int
         float64 partials kept for all its blocks.
+    held : int
+        Bytes of what adjustments of its inputs need: scales of 8-bit weights, factors of adapters.
     """
 
     counts: int
     blocks: int
+    held: int = 0
 
 
 def accumulator_bytes(tensor: TensorShape, workers: int) -> int:
@@ -195,7 +198,7 @@ class Ceiling:
         MemoryBudgetError
             If not even one block fits; names the tensor and the smallest ceiling that would do.
         """
-        kept = TENSORS_IN_FLIGHT * accumulator_bytes(tensor, self.workers)
+        kept = self.kept(tensor)
         blocks = max(1, wanted)
         while True:
             need = self.workers * projected_bytes(replace(unit, elements=blocks * block)) + kept
@@ -211,14 +214,18 @@ class Ceiling:
                 )
             blocks = max(1, blocks // 2)
 
+    def kept(self, tensor: TensorShape) -> int:
+        """What tensors in flight keep while their units run; each worker may be at one with adjustments of its own."""
+        return TENSORS_IN_FLIGHT * accumulator_bytes(tensor, self.workers) + (self.workers + 1) * tensor.held
+
     def smallest(self, unit: UnitShape, tensor: TensorShape, block: int) -> int:
         """Bytes that a tensor takes, beside what is reserved, when its units are single blocks."""
-        kept = TENSORS_IN_FLIGHT * accumulator_bytes(tensor, self.workers)
+        kept = self.kept(tensor)
         return self.workers * projected_bytes(replace(unit, elements=block)) + kept
 
     def projected(self, unit: UnitShape, tensor: TensorShape) -> int:
         """Anonymous memory of the whole process at its peak, while units of this shape run."""
-        kept = TENSORS_IN_FLIGHT * accumulator_bytes(tensor, self.workers)
+        kept = self.kept(tensor)
         return self.reserved + self.workers * projected_bytes(unit) + kept
 
     def pool_bytes(self, unit: UnitShape, tensor: TensorShape) -> int:

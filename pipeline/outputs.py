@@ -150,18 +150,21 @@ def _sidecars(source: Path, withheld: Iterable[str] = ()) -> list[Path]:
     return [path for path in found if not path.name.endswith((".safetensors", ".bin", ".part"))] + folders
 
 
-def copy_sidecars(source: Path, target: Path, changes: Mapping[str, Any], withheld: Iterable[str] = ()) -> None:
-    """Copy configuration and tokenizer files; `changes`, as deep as it is, replace values of `config.json`.
+def copy_sidecars(
+    source: Path, target: Path, changes: Mapping[str, Any], withheld: Iterable[str] = (), drops: Iterable[str] = ()
+) -> None:
+    """Copy configuration and tokenizer files.
 
-    Files that match a pattern of `withheld` are not copied.
+    `changes`, as deep as it is, replace values of `config.json`, whose keys `drops` are left out. Files that match a
+    pattern of `withheld` are not copied.
     """
     for path in _sidecars(source, tuple(withheld)):
         if path.is_dir():
             _copy_folder(path, target / path.name)
             continue
         data = path.read_bytes()
-        if path.name == "config.json" and changes:
-            data = _changed(data, changes)
+        if path.name == "config.json" and (changes or drops):
+            data = _changed(data, changes, drops)
         write_atomic(target / path.name, data)
 
 
@@ -173,10 +176,10 @@ def _copy_folder(source: Path, target: Path) -> None:
             write_atomic(target / path.name, path.read_bytes())
 
 
-def _changed(config: bytes, changes: Mapping[str, Any]) -> bytes:
+def _changed(config: bytes, changes: Mapping[str, Any], drops: Iterable[str]) -> bytes:
     """A configuration with other values; byte for byte as it was if it has these already."""
-    values = json.loads(config)
-    before = copy.deepcopy(values)
+    before = json.loads(config)
+    values = {key: copy.deepcopy(value) for key, value in before.items() if key not in drops}
     put_values(values, changes)
     return config if values == before else to_json(values)
 
@@ -234,7 +237,8 @@ def manifest(
         "method": plan.recipe["merge_method"],
         "recipe": plan.recipe,
         "inputs": [
-            {"model": model.label, "path": model.path, "role": model.role, "fingerprint": model.fingerprint}
+            {"model": model.public, "path": model.path, "role": model.role, "fingerprint": model.fingerprint}
+            | ({"adapter": model.adapter} if model.adapter else {})
             for model in (*plan.models[:1], *plan.merged_before, *plan.models[1:])
             if model.role != "carried"
         ],
@@ -275,7 +279,8 @@ def put_beside(plan: Plan, source: Path, folder: Path, contents: Mapping[str, by
     contents : mapping of str to bytes
         Of the files that `plan.beside` names.
     """
-    copy_sidecars(source, folder, config_changes(plan), plan.beside.withheld)
+    drops = () if plan.sidecar is None else plan.models[plan.sidecar].drops
+    copy_sidecars(source, folder, config_changes(plan), plan.beside.withheld, drops)
     for name in plan.beside.files:
         write_atomic(folder / name, contents[name])
 

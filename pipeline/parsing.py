@@ -18,6 +18,7 @@ from mergepipe.pipeline.parse_parts import Entry, PartsParser
 from mergepipe.pipeline.parse_values import nearest
 from mergepipe.pipeline.parts import Part, parts_of
 from mergepipe.pipeline.recipe import ModelSpec, Parameters, Recipe, Rule, SparsifySpec
+from mergepipe.pipeline.references import Reference, is_hub_id, parse_reference, split_revision
 from mergepipe.pipeline.scope import Scope
 from mergepipe.pipeline.tokenizer_keys import parse_chat_template, parse_tokenizer
 from mergepipe.tasks.method import REQUIRED, MergeMethod
@@ -147,7 +148,7 @@ class RecipeParser(PartsParser):
         if not isinstance(raw, str) or not raw.startswith("model:"):
             self._fault(path, f"expected base, separate or model:<path>, found {raw!r}")
             return None
-        model = self._path(raw.removeprefix("model:"), path)
+        model = self._reference(raw.removeprefix("model:"), path)
         if model is not None and model not in models:
             self._fault(path, f"{model} is none of the models: name one that is listed under `models`")
         return f"model:{model}"
@@ -155,21 +156,32 @@ class RecipeParser(PartsParser):
     # -- models
 
     def _reference(self, raw: object, path: str) -> str | None:
-        """The absolute path of a checkpoint, written as a string or as mergekit's mapping."""
-        if isinstance(raw, Mapping):
-            self._unknown_keys(raw, path, ("model", "path", "revision", "lora", "override_architecture"))
-            if raw.get("override_architecture") is not None:
-                self._note("`override_architecture` has no effect: tensors are merged by name, whatever the model")
-            for key, what in (("revision", "revisions of a hub"), ("lora", "adapters")):
-                if raw.get(key) is not None:
-                    self._fault(f"{path}.{key}", f"this version does not take {what}: give the folder of a checkpoint")
-            inner = "model" if "model" in raw else "path"
-            return self._reference(raw.get(inner), f"{path}.{inner}")
-        model = self._path(raw, path)
-        if model is not None and "+" in str(raw) and not os.path.exists(model):
-            adapter = str(raw).partition("+")[2]
-            self._fault(path, f"this version does not apply adapters ({adapter!r}): give the folder of a whole model")
-        return model
+        """What a model is called, local paths absolute: written as a string or as mergekit's mapping."""
+        if not isinstance(raw, Mapping):
+            text = self._text(raw, path)
+            return None if text is None else str(parse_reference(text, self.root))
+        self._unknown_keys(raw, path, ("model", "path", "revision", "lora", "override_architecture"))
+        if raw.get("override_architecture") is not None:
+            self._note("`override_architecture` has no effect: tensors are merged by name, whatever the model")
+        inner = "model" if "model" in raw else "path"
+        model = self._reference(raw.get(inner), f"{path}.{inner}")
+        lora = None if raw.get("lora") is None else self._reference(raw["lora"], f"{path}.lora")
+        model = self._at_revision(model, raw.get("revision"), f"{path}.revision")
+        if model is None or lora is None:
+            return model
+        if parse_reference(model).adapter or parse_reference(lora).adapter:
+            self._fault(f"{path}.lora", "this version applies one adapter: merge the others into the model first")
+        return str(Reference(model, lora))
+
+    def _at_revision(self, model: str | None, raw: object, path: str) -> str | None:
+        revision = None if raw is None else self._text(raw, path)
+        if model is None or revision is None:
+            return model
+        reference = parse_reference(model)
+        if not is_hub_id(reference.model) or split_revision(reference.model)[1]:
+            self._fault(path, f"{reference.model} is a folder, or has a revision already: only a hub id takes one")
+            return model
+        return str(Reference(f"{reference.model}@{revision}", reference.adapter))
 
     def _raw_models(self, document: Mapping[str, Any], at: str = "$") -> list[Entry]:
         """Path in the recipe, entry and checkpoint of each model that can be told."""

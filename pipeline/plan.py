@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +19,11 @@ import pydantic
 
 from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline.beside import Beside
+from mergepipe.pipeline.references import is_hub_id, parse_reference, split_revision
 from mergepipe.pipeline.vocabulary_rows import PlannedVocabulary
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.layout import OutputLayout, OutputTensor, lay_out
+from mergepipe.tasks.adjust import Adjustment, held_bytes
 from mergepipe.tasks.method import Job
 
 PLAN_FORMAT = 1
@@ -32,11 +35,15 @@ RESULT_VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input tensor: number of the model in the plan, its name there, its safetensors dtype."""
+    """An input tensor: number of the model in the plan, its name there, its safetensors dtype as stored.
+
+    `adjust` is what has to be done to its values before they are the model's; see :mod:`mergepipe.tasks.adjust`.
+    """
 
     model: int
     name: str
     dtype: str
+    adjust: tuple[Adjustment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,12 @@ class PlannedModel:
         Hash of the sizes and headers of its files.
     made : bool
         Whether an earlier merge of the same recipe makes it.
+    reference : str
+        What the recipe calls it: its path, or more.
+    adapter : str
+        Folder of the adapter that is applied to it; empty if none is.
+    drops : tuple of str
+        Keys of its configuration that are not true of a merge.
     """
 
     label: str
@@ -74,6 +87,23 @@ class PlannedModel:
     copied_bytes: int
     fingerprint: str
     made: bool = False
+    reference: str = ""
+    adapter: str = ""
+    drops: tuple[str, ...] = ()
+
+    @property
+    def public(self) -> str:
+        """What to call it where other people read it: an id of the hub with the commit, else the label."""
+        if not self.reference:
+            return self.label
+        found = parse_reference(self.reference)
+        parts = [(found.model, self.path), *([(found.adapter, self.adapter)] if found.adapter else [])]
+        if not any(is_hub_id(name) for name, _ in parts):
+            return self.label
+        return "+".join(
+            f"{split_revision(name)[0]}@{Path(folder).name}" if is_hub_id(name) else Path(folder).name
+            for name, folder in parts
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +174,11 @@ class PlannedTensor:
         """Bytes of one read of all its sources."""
         size = int(np.prod(self.shape, dtype=np.int64))
         return sum(size * DTYPES[source.dtype].itemsize for source in self.sources)
+
+    def held_bytes(self) -> int:
+        """Memory that the adjustments of its sources take while it is worked on."""
+        itemsize = np.dtype(self.work).itemsize
+        return sum(held_bytes(source.adjust, self.shape, itemsize) for source in self.sources)
 
     def job(self, seed: int) -> Job:
         """What its method sees of it."""

@@ -20,6 +20,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline import changes, devices, outputs, recheck, scoring, stages
 from mergepipe.pipeline.admission import Admission
@@ -63,6 +65,7 @@ from mergepipe.storage.atomic import no_room_errors
 from mergepipe.storage.ballast import Ballast
 from mergepipe.storage.journal import Journal, read_journal
 from mergepipe.storage.manifest import ChunkManifest
+from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.storage.writer import SealedShard
@@ -317,6 +320,8 @@ class _Run:
         self.layout = plan.layout()
         self.folder = Path(plan.output)
         self.squares: dict[int, State] = {}
+        # What adjustments need is read while a unit's own windows are held: never from a direct reader's pool.
+        self._beside = MmapReader(files=self._reading.files)
         self._buffers = WorkerBuffers()
         self._lock = threading.Lock()
         self._works: dict[int, TensorWork | TensorCopy] = {}
@@ -358,6 +363,7 @@ class _Run:
             self._masks.close()
             self._heads.close()
             self._reader.close()
+            self._beside.close()
             self._journal.close()
             mark_damage(self.workspace, self.plan, self.manifests, self._reading.files.damaged)
 
@@ -523,7 +529,7 @@ class _Run:
             resident=self._is_resident(number),
             shared=self._rounds.state_of(number),
             carried=self._carried(number),
-            importances=[self._source(source) for source in tensor.importances],
+            importances=[self._source(source, tensor.work) for source in tensor.importances],
             sweeps=group.rounds[which[1]].reductions(job),
             scorer=self._scorer,
         )
@@ -566,7 +572,7 @@ class _Run:
         sink = self.shards.sink(number)
         if tensor.action == "copy":
             assert tensor.base is not None, "a copied tensor has a source"
-            return TensorCopy(self._source(tensor.base), rest.units, self._reader, sink, stop, report)
+            return TensorCopy(self._source(tensor.base, tensor.work), rest.units, self._reader, sink, stop, report)
         kind = partial(MatrixWork, device=self.device) if self.scheduled[number].held else TensorWork
         return kind(
             *self._inputs(number),
@@ -583,7 +589,7 @@ class _Run:
             shared={**self._rounds.state_of(number), **self._given_to(tensor)},
             carried=self._carried(number),
             scorer=self._scorer,
-            importances=[self._source(source) for source in tensor.importances],
+            importances=[self._source(source, tensor.work) for source in tensor.importances],
         )
 
     def _given_to(self, tensor: PlannedTensor) -> State:
@@ -591,8 +597,8 @@ class _Run:
         return self._given if stages.carries(tensor) else {}
 
     def _carried(self, number: int) -> TensorSource | None:
-        carried = self.plan.tensors[number].carried
-        return None if carried is None else self._source(carried)
+        tensor = self.plan.tensors[number]
+        return None if tensor.carried is None else self._source(tensor.carried, tensor.work)
 
     def _where(self, number: int) -> str:
         """The device that a tensor is worked on with."""
@@ -602,8 +608,8 @@ class _Run:
 
     def _inputs(self, number: int) -> tuple[Job, MergeMethod, TensorSource | None, list[TensorSource], str]:
         tensor = self.plan.tensors[number]
-        base = None if tensor.base is None else self._source(tensor.base)
-        models = [self._source(source) for source in tensor.models]
+        base = None if tensor.base is None else self._source(tensor.base, tensor.work)
+        models = [self._source(source, tensor.work) for source in tensor.models]
         return tensor.job(self.plan.seed), find_method(tensor.method), base, models, tensor.dtype
 
     def _reporter(self, number: int) -> Callable[[str, int], None]:
@@ -613,9 +619,10 @@ class _Run:
     def _is_resident(self, number: int) -> bool:
         return not self._reading.direct or is_resident(self.scheduled[number], self._pool_bytes)
 
-    def _source(self, source: Source) -> TensorSource:
+    def _source(self, source: Source, work: str) -> TensorSource:
         model = self.plan.models[source.model]
-        return TensorSource(model.path, self.manifests[source.model], source.name, source.dtype)
+        found = TensorSource(model.reference or model.path, self.manifests[source.model], source.name, source.dtype)
+        return found.adjusted(source.adjust, np.dtype(work), self._beside)
 
     def _found(self, number: int, state: State) -> None:
         """The reductions of a tensor are done: keep what they found, here and for a resume."""

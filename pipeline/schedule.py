@@ -206,7 +206,7 @@ def _matrix(
         output_itemsize=unit.output_itemsize,
         unit_bytes=projected_bytes(replace(unit, output_itemsize=0, inputs=unit.inputs if thins else 1)),
         panel_bytes=panel_floats(rows) * (unit.inputs if thins else 2) * unit.input_itemsize,
-        kept=accumulator_bytes(kept, workers),
+        kept=accumulator_bytes(kept, workers) + kept.held,
     )
 
 
@@ -278,6 +278,7 @@ def _unit(
     kept = TensorShape(
         counts=max((_length(counts) for counts, _ in shapes), default=0),
         blocks=job.blocks * max((_length(row) for _, row in shapes), default=0),
+        held=tensor.held_bytes(),
     )
     block = block_elements(tensor.shape)
     unit = UnitShape(

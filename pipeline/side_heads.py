@@ -56,7 +56,8 @@ class SideHeads:
             for place in writer.layout.tensors:
                 self._copy(number, place, writer, reader)
             writer.seal(sha256=False)
-            outputs.copy_sidecars(Path(self._plan.models[number].path), writer.final.parent, {})
+            model = self._plan.models[number]
+            outputs.copy_sidecars(Path(model.path), writer.final.parent, {}, model.drops)
             writer.publish()
 
     def _copy(self, number: int, place: PlacedTensor, writer: ShardWriter, reader: Reader) -> None:

@@ -129,7 +129,7 @@ def folders_read(plan: Plan) -> list[str]:
         str(Path(model.path).parent) if model.role == "carried" else model.path
         for model in plan.models
         if Path(model.path) != own
-    ]
+    ] + [model.adapter for model in plan.models if model.adapter]
 
 
 def norms(plan: Plan, squares: Squares) -> dict[str, Any]:

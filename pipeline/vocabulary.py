@@ -33,6 +33,7 @@ from mergepipe.storage.gather import RowMap
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mergepipe.pipeline.models import InputModel
     from mergepipe.pipeline.recipe import Recipe
     from mergepipe.storage.checkpoint import Checkpoint, TensorEntry
 
@@ -157,6 +158,24 @@ def merge_vocabularies(
     return _Deciding(recipe, recipe.tokenizer, checkpoints, staged or {}).decide()
 
 
+def refuse_adjusted(vocabulary: Vocabulary | None, checkpoints: Sequence[InputModel]) -> None:
+    """Rows are gathered as they are stored: no scale and no adapter may have to be applied to them afterwards.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the first tensor that has one.
+    """
+    for gather in () if vocabulary is None else vocabulary.gathers:
+        made = gather.made.peers if gather.made.count else ()
+        for number in (gather.model, *made):
+            if gather.name in checkpoints[number].adjust:
+                raise CheckpointError(
+                    f"'{gather.name}' of '{checkpoints[number].reference}' has scales or an adapter, and its rows are "
+                    f"not those of the merged vocabulary: save that model merged and dequantised first"
+                )
+
+
 class _Deciding:
     """Looks at all tokenizers once, then at each tensor."""
 
@@ -175,7 +194,9 @@ class _Deciding:
                 f"embedding by its name): leave `tokenizer_source` out"
             )
         self.notes: dict[str, None] = {}
-        self.tokenizers = [read_tokenizer(path, staged.get(path)) for path in self.paths]
+        # A model of a hub, or one with an adapter, has its files in another place than its name says.
+        folders = [staged.get(path) or one.root for path, one in zip(self.paths, checkpoints, strict=True)]
+        self.tokenizers = [read_tokenizer(path, at) for path, at in zip(self.paths, folders, strict=True)]
 
     def decide(self) -> Vocabulary:
         origin = self._origin()

@@ -1,7 +1,8 @@
 """Storage holds bytes: it opens checkpoints, knows where each tensor's bytes are, reads them, and writes the output.
 
 **From a folder to bytes.** :mod:`~mergepipe.storage.checkpoint` opens a Hugging Face style folder from its headers,
-which :mod:`~mergepipe.storage.header` has proved valid. :mod:`~mergepipe.storage.chunks` cuts each tensor into a grid
+which :mod:`~mergepipe.storage.header` has proved valid; of PyTorch's own files :mod:`~mergepipe.storage.pickled` learns
+as much without executing them. :mod:`~mergepipe.storage.chunks` cuts each tensor into a grid
 that follows from its shape alone. :mod:`~mergepipe.storage.manifest` writes down, per chunk, the file and the byte
 range that hold it; this *chunk manifest* is all that a run knows of its inputs. A run asks it for the segments of an
 element range, and a reader of :mod:`~mergepipe.storage.readers` for the bytes of those segments.

@@ -92,6 +92,8 @@ class Checkpoint:
         Contents of ``config.json``, of an adapter those of ``adapter_config.json``; empty if there is none.
     twins : dict of str to str
         Names left out because they stand for the very bytes of another tensor, as a PyTorch file stores tied ones.
+    beside : tuple of str
+        What a PyTorch file holds beside its state dict, such as the state of an optimiser.
     """
 
     root: Path
@@ -99,6 +101,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     config: dict[str, Any]
     twins: dict[str, str] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
     @property
     def is_adapter(self) -> bool:
@@ -152,7 +155,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not root.is_dir():
         return _open_file(root)
     names, index = _choose(root)
-    weight_map = None if index is None else _read_index(index)
+    weight_map = None if index is None else read_index(index)
     files, tensors = _read_shards(root, names if weight_map is None else sorted(set(weight_map.values())))
     if index is not None and weight_map is not None:
         _check_index(index, weight_map, files, tensors)
@@ -182,9 +185,10 @@ def open_weights(path: str | Path) -> Checkpoint:
         As :func:`open_checkpoint`.
     """
     path = Path(os.path.abspath(path))
-    files, tensors = _read_shards(path.parent, [path.name])
+    sha256, entries, beside = _read_shard(path, 0)
+    tensors = {entry.name: entry for entry in entries}
     check_hierarchy(path, tensors)
-    return Checkpoint(path, files, tensors, {})
+    return Checkpoint(path, (file_info(path, sha256),), tensors, {}, beside=beside)
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -202,7 +206,7 @@ def _read_shards(root: Path, names: Iterable[str]) -> tuple[tuple[FileInfo, ...]
     files: list[FileInfo] = []
     tensors: dict[str, TensorEntry] = {}
     for number, name in enumerate(names):
-        sha256, entries = _read_shard(root / name, number)
+        sha256, entries, _ = _read_shard(root / name, number)
         files.append(file_info(root / name, sha256))
         for entry in entries:
             if entry.name in tensors:
@@ -212,18 +216,18 @@ def _read_shards(root: Path, names: Iterable[str]) -> tuple[tuple[FileInfo, ...]
     return tuple(files), tensors
 
 
-def _read_shard(path: Path, number: int) -> tuple[str, list[TensorEntry]]:
-    """Fingerprint and tensors of one file."""
+def _read_shard(path: Path, number: int) -> tuple[str, list[TensorEntry], tuple[str, ...]]:
+    """Fingerprint and tensors of one file, and what else it holds."""
     if path.suffix in PICKLED_SUFFIXES:
         from mergepipe.storage.pickled import read_pickled
 
         found = read_pickled(path)
-        return found.sha256, [TensorEntry(t.name, t.dtype, t.shape, number, t.offset, t.nbytes) for t in found.tensors]
+        entries = [TensorEntry(t.name, t.dtype, t.shape, number, t.offset, t.nbytes) for t in found.tensors]
+        return found.sha256, entries, found.left_out
     header: Header = read_header(path)
-    return header.sha256, [
-        TensorEntry(t.name, t.dtype, t.shape, number, header.data_start + t.start, t.stop - t.start)
-        for t in header.tensors
-    ]
+    start = header.data_start
+    entries = [TensorEntry(t.name, t.dtype, t.shape, number, start + t.start, t.stop - t.start) for t in header.tensors]
+    return header.sha256, entries, ()
 
 
 def _twins(tensors: dict[str, TensorEntry]) -> dict[str, str]:
@@ -246,7 +250,14 @@ def read_json(path: Path, *, strict: bool) -> dict[str, Any]:
     return parse_json_object(raw, f"'{path}'", CheckpointError, strict=strict)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Which tensor is in which file of the same folder, as an index says.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no index, or names anything else than files of its own folder.
+    """
     weight_map = read_json(path, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"'{path}': 'weight_map' is missing, empty, or not a map from tensor to file")

@@ -4,6 +4,7 @@ A merge method is zero or more reductions over a tensor and one kernel that maps
 output; :mod:`mergepipe.tasks.method` says what that means and :mod:`mergepipe.tasks.registry` lists them all.
 
 * :mod:`~mergepipe.tasks.convert`: stored bits to the working type and back.
+* :mod:`~mergepipe.tasks.adjust`: scales and adapters, applied to blocks before anything else sees them.
 * :mod:`~mergepipe.tasks.select`: exact order statistics of a tensor that is never held.
 * :mod:`~mergepipe.tasks.thinning`, :mod:`~mergepipe.tasks.sparsify`, :mod:`~mergepipe.tasks.tadrop`: task vectors made
   sparse; :mod:`~mergepipe.tasks.philox`: random masks that depend on no order.

@@ -1,4 +1,4 @@
-"""Stored bits to the working type and back: BF16, F16, F32 and F64, one rounding at the end.
+"""Stored bits to the working type and back: BF16, F16, F32, F64 and 8-bit floats, one rounding at the end.
 
 Every loop is free of branches, so that it vectorises; whether a tile holds a NaN or an infinity is found on the way, as
 the maximum of the exponents seen, and only a tile that does is looked at again to say where.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mergepipe.tasks.jit import inlined, kernel
@@ -137,13 +138,40 @@ def _delta_f64(bits: Array, base: Array, out: Array) -> bool:
     return bool(worst >= 0x7FF0000000000000)
 
 
+_F8_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_F8_E5M2 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e5m2).astype(np.float32)
+"""What each of the 256 codes stands for, before its scale."""
+
+
+@kernel
+def _decode_f8_e4m3(bits: Array, out: Array) -> bool:
+    worst = np.int32(0)
+    for i in range(out.size):
+        code = np.int32(bits[i])
+        worst = max(worst, np.int32(code & 0x7F))
+        out[i] = _F8_E4M3[code]
+    return bool(worst == 0x7F)
+
+
+@kernel
+def _decode_f8_e5m2(bits: Array, out: Array) -> bool:
+    worst = np.int32(0)
+    for i in range(out.size):
+        code = np.int32(bits[i])
+        worst = max(worst, np.int32(code & 0x7F))
+        out[i] = _F8_E5M2[code]
+    return bool(worst >= 0x7C)
+
+
 _DECODE: dict[str, Callable[[Array, Array], bool]] = {
     "BF16": _decode_bf16, "F16": _decode_f16, "F32": _decode_f32, "F64": _decode_f64,
+    "F8_E4M3": _decode_f8_e4m3, "F8_E5M2": _decode_f8_e5m2,
 }  # fmt: skip
 _DELTA: dict[str, Callable[[Array, Array, Array], bool]] = {
     "BF16": _delta_bf16, "F16": _delta_f16, "F32": _delta_f32, "F64": _delta_f64,
 }  # fmt: skip
-_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00}
+_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
+"""Bits that are all set in what is not finite."""
 
 
 def _first_non_finite(bits: Array, dtype_name: str) -> int:
@@ -158,10 +186,11 @@ def decode(bits: Array, dtype_name: str, out: Array) -> int:
     Parameters
     ----------
     bits : ndarray, shape (n,)
-        uint16 for "BF16" and "F16", float32 for "F32", float64 for "F64". Not modified.
-    dtype_name : {'BF16', 'F16', 'F32', 'F64'}
+        uint8 for 8-bit floats, uint16 for "BF16" and "F16", float32 for "F32", float64 for "F64". Not modified.
+    dtype_name : {'BF16', 'F16', 'F32', 'F64', 'F8_E4M3', 'F8_E5M2'}
+        Of the last two, the codes' own values: their scales are another matter (:mod:`mergepipe.tasks.adjust`).
     out : float32 or float64 ndarray, shape (n,)
-        Overwritten. float64 where `dtype_name` is "F64". Must not share memory with `bits`.
+        Overwritten. Must not share memory with `bits`.
 
     Returns
     -------

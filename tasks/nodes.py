@@ -24,6 +24,7 @@ from mergepipe.storage.manifest import ChunkManifest, Segment
 from mergepipe.storage.readers import Reader
 from mergepipe.storage.writer import PAGE
 from mergepipe.tasks import convert
+from mergepipe.tasks.adjust import Adjuster, Adjustment
 from mergepipe.tasks.method import (
     Accumulator,
     Array,
@@ -64,12 +65,63 @@ class TensorSource:
         The tensor's name in that model.
     dtype : str
         Its safetensors dtype.
+    adjuster : Adjuster or None
+        What is to be done to its decoded values before they are the model's.
     """
 
     model: str
     manifest: ChunkManifest
     name: str
     dtype: str
+    adjuster: Adjuster | None = None
+
+    def adjusted(self, adjustments: Sequence[Adjustment], work: np.dtype[Any], reader: Reader) -> TensorSource:
+        """The same tensor with adjustments, which take what they need through `reader`; itself if there are none."""
+        if not adjustments:
+            return self
+        shape = self.manifest.arrays[self.name].shape
+
+        def read(name: str, start: int, stop: int, out: Array) -> None:
+            dtype = self.manifest.arrays[name].dtype
+            with reader.window(self.manifest.segments(name, start, stop), last=False) as window:
+                bad = convert.decode(window.view(DTYPES[dtype].bits), dtype, out)
+            if bad >= 0:
+                raise non_finite(name, self.model, start + bad)
+
+        return replace(self, adjuster=Adjuster(adjustments, self.name, shape, work, read))
+
+    def decode(self, bits: Array, start: int, out: Array) -> None:
+        """Stored bits of the elements from `start` on to the values of the model.
+
+        Raises
+        ------
+        NonFiniteError
+            If one of them is a NaN or an infinity.
+        """
+        bad = convert.decode(bits, self.dtype, out)
+        if bad < 0 and self.adjuster is not None:
+            bad = self.adjuster.apply(start, out)
+        if bad >= 0:
+            raise non_finite(self.name, self.model, start + bad)
+
+    def decode_delta(self, bits: Array, start: int, base: Array, out: Array) -> None:
+        """The same, minus the base; raises as :meth:`decode`."""
+        if self.adjuster is not None:
+            self.decode(bits, start, out)
+            np.subtract(out, base, out=out)
+            return
+        bad = convert.decode_delta(bits, self.dtype, base, out)
+        if bad >= 0:
+            raise non_finite(self.name, self.model, start + bad)
+
+
+def non_finite(name: str, model: str, element: int) -> NonFiniteError:
+    """The error to raise where an input is not a number."""
+    return NonFiniteError(
+        f"'{name}' of model '{model}' holds a NaN or an infinity at element {element:,} (flat index, row-major): "
+        f"repair or leave out the model, or take this tensor from the base with a rule (`match`, "
+        f"`merge_method: passthrough`)"
+    )
 
 
 class Sink(Protocol):
@@ -209,7 +261,8 @@ class TensorWork:
         self._report = report
         self._scorer = scorer
         self._lock = threading.Lock()
-        self._all_bf16 = all(source.dtype == "BF16" for source in self.sources) and job.work == np.float32
+        plain = all(source.dtype == "BF16" and source.adjuster is None for source in self.sources)
+        self._all_bf16 = plain and job.work == np.float32
         self._accumulators: dict[int, Accumulator] = {}
 
     @property
@@ -230,6 +283,12 @@ class TensorWork:
         """Tell the reader that nothing will be asked for any more."""
         units = {*self.units, *self.sweep_units} if self.sweeps else self.units
         self._reader.forget(segments for blocks in units for segments in self._segments(blocks))
+        self._release()
+
+    def _release(self) -> None:
+        for source in self.sources:
+            if source.adjuster is not None:
+                source.adjuster.release()
 
     def reduce(self, sweep: int, unit: int, *_after: object) -> None:
         """Add one unit to the accumulators of a sweep; nothing to do where the state answers it already."""
@@ -370,7 +429,7 @@ class TensorWork:
                 tile = self._decode(stored, index, first, part, base_row, values, scratch)
                 if carried is not None and self.carried is not None:
                     tile.carried = carried[: after - first]
-                    self._check(convert.decode(stored[-1][part], self.carried.dtype, tile.carried), self.carried, first)
+                    self.carried.decode(stored[-1][part], first, tile.carried)
                 yield tile
 
     def _decode(
@@ -391,15 +450,14 @@ class TensorWork:
         rows = stored
         if self.base is not None:
             base = base_row[:n]
-            self._check(convert.decode(stored[0][part], self.base.dtype, base), self.base, first)
+            self.base.decode(stored[0][part], first, base)
             rows = stored[1:]
         rows, others = rows[: self.job.models], rows[self.job.models :]
         for k, (source, row) in enumerate(zip(self.models, rows, strict=True)):
             if base is not None and self.method.space == "deltas":
-                bad = convert.decode_delta(row[part], source.dtype, base, tile_values[k])
+                source.decode_delta(row[part], first, base, tile_values[k])
             else:
-                bad = convert.decode(row[part], source.dtype, tile_values[k])
-            self._check(bad, source, first)
+                source.decode(row[part], first, tile_values[k])
         importance = self._decode_importances(others, first, part) if self.importances else None
         return Tile(index, first, base, tile_values, tile_scratch, importance=importance)
 
@@ -408,7 +466,7 @@ class TensorWork:
         flat = self._buffers.get("importance", (self.job.models * self._longest(),), self.job.work)
         values = flat[: self.job.models * n].reshape(self.job.models, n)
         for k, (source, row) in enumerate(zip(self.importances, rows[: len(self.importances)], strict=True)):
-            self._check(convert.decode(row[part], source.dtype, values[k]), source, first)
+            source.decode(row[part], first, values[k])
             if n and values[k].min() < 0:
                 at = first + int(np.argmin(values[k]))
                 raise CheckpointError(
@@ -430,14 +488,6 @@ class TensorWork:
             copy[:] = raw
             raw = copy
         return raw.view(bits)
-
-    def _check(self, bad: int, source: TensorSource, first: int) -> None:
-        if bad >= 0:
-            raise NonFiniteError(
-                f"'{source.name}' of model '{source.model}' holds a NaN or an infinity at element {first + bad:,} "
-                f"(flat index, row-major): repair or leave out the model, or take this tensor from the base with "
-                f"a rule (`match`, `merge_method: passthrough`)"
-            )
 
 
 TakePanel = Callable[[tuple[int, int], int, Array], None]
@@ -478,6 +528,7 @@ class MatrixWork(TensorWork):
         self._solver = None
         for work in (self, *self._alone.values()):
             self._reader.forget(segments for blocks in self._panels for segments in work._segments(blocks))
+        self._release()
 
     def take_step(self, number: int, *_after: object) -> None:
         """Take one step of the solver."""
@@ -513,7 +564,7 @@ class MatrixWork(TensorWork):
         assert self.base is not None, "these methods need one"
         segments = self.base.manifest.segments(self.base.name, start, stop)
         with self._reader.window(segments, last=True) as window:
-            self._check(convert.decode(self._aligned(0, window), self.base.dtype, out), self.base, start)
+            self.base.decode(self._aligned(0, window), start, out)
 
     def _panels_of_all(self) -> Sources:
         """Everything that a solver may ask for."""
@@ -573,7 +624,7 @@ class MatrixWork(TensorWork):
         segments = self.carried.manifest.segments(self.carried.name, start, start + rows.shape[0])
         with self._reader.window(segments, last=not self._resident) as window:
             stored = self._aligned(len(self.sources) - 1, window)
-            self._check(convert.decode(stored, self.carried.dtype, rows), self.carried, start)
+            self.carried.decode(stored, start, rows)
 
     def _single(self, model: int) -> TensorWork:
         """The same tensor as if only one model was merged."""

@@ -151,7 +151,10 @@ def test_a_mapping_may_stand_for_a_model() -> None:
     assert recipe.models[0].model == "/models/a"
     assert "override_architecture" in recipe.notes[0]
     found = faults(LINEAR, models=[{"model": {"model": {"path": "a", "revision": "v2"}, "lora": "x"}}, {"model": "b"}])
-    assert set(found) == {"$.models[0].model.lora", "$.models[0].model.model.revision"}
+    assert set(found) == {"$.models[0].model.model.revision"}
+    both = {"model": {"path": "o/a", "revision": "v2"}, "lora": "x"}
+    recipe = parse(LINEAR, models=[{"model": both}, {"model": "b"}])
+    assert recipe.models[0].model == "o/a@v2+/models/x"
 
 
 def test_numbers_in_exponent_form_and_dates() -> None:
@@ -209,7 +212,7 @@ def test_a_slice_without_sources_is_one_fault() -> None:
         ({"models": ["a"]}, "$.models[0]", "mapping"),
         ({"models": [{"model": 3}]}, "$.models[0].model", "text"),
         ({"models": [{"model": "a\x00b"}]}, "$.models[0].model", "control"),
-        ({"models": [{"model": "a+lora"}]}, "$.models[0].model", "adapter"),
+        ({"models": [{"model": {"path": "a+x", "lora": "y"}}]}, "$.models[0].model.lora", "one adapter"),
         ({"models": [{"model": "a"}, {"model": "./a/"}]}, "$.models[1].model", "already"),
         ({"base_model": ...}, "$.base_model", "missing"),
         ({"parameters": 3}, "$.parameters", "mapping"),
