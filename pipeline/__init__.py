@@ -10,8 +10,11 @@ between what is stored and their weights: :mod:`~mergepipe.pipeline.quantised` s
 :mod:`~mergepipe.pipeline.adapter` a LoRA adapter, :mod:`~mergepipe.pipeline.hub` a download. A recipe of slices or
 modules falls into :mod:`~mergepipe.pipeline.parts`, each a plain recipe over views of its models
 (:mod:`~mergepipe.pipeline.stacking`); layers and towers are told by their names (:mod:`~mergepipe.pipeline.towers`).
-:mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers. From there the plan, its memory, its
-disk space (:mod:`~mergepipe.pipeline.space`), its graphs and the run follow. A recipe of several documents is a
+Where vocabularies differ, :mod:`~mergepipe.pipeline.vocabulary` says which row of which model stands for which token.
+:mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers, :mod:`~mergepipe.pipeline.planning`
+makes a plan of that, :mod:`~mergepipe.pipeline.build` checks its memory, its disk space
+(:mod:`~mergepipe.pipeline.space`) and what is in its way, and :mod:`~mergepipe.pipeline.stores` puts it into a
+workspace. From there graphs and the run follow. A recipe of several documents is a
 :mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will have made
 (:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`). One merge may
 have two stages (:mod:`~mergepipe.pipeline.stages`); :mod:`~mergepipe.pipeline.add` plans one that goes on from a

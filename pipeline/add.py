@@ -23,14 +23,16 @@ from typing import Any, Literal
 from mergepipe.errors import InputChangedError, RecipeError, UsageError, WorkspaceError
 from mergepipe.pipeline import outputs, stages
 from mergepipe.pipeline.align import align
-from mergepipe.pipeline.build import labels_of, plan_tensors, settle_memory, write_workspace
+from mergepipe.pipeline.build import settle_memory
 from mergepipe.pipeline.events import Announcer, Listener, Note
 from mergepipe.pipeline.memory import parse_bytes
 from mergepipe.pipeline.models import InputModel, as_stored, open_models
 from mergepipe.pipeline.plan import Plan, PlannedModel, PlannedTensor, Source, plan_id
+from mergepipe.pipeline.planning import labels_of, plan_tensors
 from mergepipe.pipeline.recipe import ModelSpec, Recipe, parse_recipe
 from mergepipe.pipeline.references import parse_reference
 from mergepipe.pipeline.space import check_room, copies_need, output_need, statistics_need
+from mergepipe.pipeline.stores import write_workspace
 from mergepipe.pipeline.verify import verify as verify_output
 from mergepipe.storage.checkpoint import fingerprint, open_checkpoint
 from mergepipe.storage.workspace import Workspace, WorkspaceLock

@@ -10,9 +10,9 @@ import pytest
 
 from mergepipe.errors import CheckpointError, RecipeError
 from mergepipe.pipeline.align import Alignment, align
-from mergepipe.pipeline.build import make_plan
 from mergepipe.pipeline.parts import parts_of
 from mergepipe.pipeline.plan import Plan, PlannedTensor
+from mergepipe.pipeline.planning import make_plan
 from mergepipe.pipeline.recipe import Recipe, parse_recipe
 from mergepipe.pipeline.towers import count_places, main_stacks, side_of, tower_of
 from mergepipe.storage.checkpoint import Checkpoint, TensorEntry
