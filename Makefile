@@ -7,6 +7,8 @@ LAYERS := cli pipeline storage tasks
 FARM := build/typing/mergepipe
 # mergekit is what our results are compared with, never a dependency: it has an environment of its own.
 RIVAL := .venv-mergekit
+# Processes that run tests side by side.
+WORKERS ?= 2
 
 .PHONY: help test test-all test-mergekit demo lint format types docs bench bench-gpu check clean
 
@@ -21,11 +23,11 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-all: $(READY)  ## all tests, a fuzzer that follows coverage among them
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m '' $(ARGS)
 
 $(RIVAL)/ready:
 	$(PYTHON) -m venv $(RIVAL)

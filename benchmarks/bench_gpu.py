@@ -24,7 +24,7 @@ from mergepipe.tasks import convert
 from mergepipe.tasks.method import Accumulator, Array, Job, Tile, block_elements, can_offload
 from mergepipe.tasks.registry import METHODS
 from mergepipe.tasks.rows_torch import Scorer, lane_bytes
-from mergepipe.tasks.subspace.panels import Made, Span, panel_floats
+from mergepipe.tasks.subspace.panels import Made, Sources, Span, panel_floats
 
 SHAPES = ((1024, 8192), (8192, 8192), (8192, 28672))
 QUICK = ((48, 64), (64, 300))
@@ -62,7 +62,7 @@ def main(
         what = f"{shape[0]} x {shape[1]}"
         limit = report.add(f"{what}: transfer limit", transfer_seconds(streams, device), "s")
         if only != "scoring":
-            report_svd(report, what, streams, shape, device, limit, not no_cpu)
+            report_svd(report, what, streams, shape, device, limit, with_cpu=not no_cpu)
         if only != "svd":
             report_scoring(report, what, streams, shape, device, limit, threads)
     report.save(json_path)
@@ -141,7 +141,8 @@ def _mda_seconds(streams: list[Array], shape: tuple[int, int], device: str) -> f
         return Made(shape, lambda span: panel(stream, span))
 
     began = time.perf_counter()
-    solver = method.matrix.start(job, [panels(stream) for stream in streams[1:]], device)
+    task_vectors = tuple(panels(stream) for stream in streams[1:])
+    solver = method.matrix.start(job, Sources(task_vectors, task_vectors), device)
     for number in range(len(method.matrix.steps(job))):
         solver.step(number)
     step = max(1, panel_floats(shape) // shape[1])

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
+
+from support.tally import TALLY
 
 # A busy machine is no fault of the code, and the first call of a kernel compiles it: no deadline. The same examples in
 # every run, so that a red run can be looked at again.
 hypothesis.settings.register_profile("mergepipe", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("mergepipe")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what this process has survived to the one that tells it, where several run tests."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["faults"] = dict(TALLY)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Receive that from a process that has ended."""
+    TALLY.update(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell at the end how many faults were injected and survived."""
+    if TALLY:
+        told = ", ".join(f"{count} {kind}" for kind, count in sorted(TALLY.items()))
+        terminalreporter.write_line(f"faults injected and survived: {sum(TALLY.values())} ({told})")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A process to torment, and a tally of what it went through."""
+"""A process to torment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from typing import Any
 import pytest
 
 from support.jobs import LARGER, build_job, hashes, write_job
-
-TALLY: Counter[str] = Counter()
-"""Faults injected and survived, by kind."""
+from support.tally import TALLY
 
 
 class Victim:
@@ -153,10 +150,3 @@ def sharded(victim: Victim, scratch: Path) -> Job:
 def larger(victim: Victim, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """On a disk, so that writes may go past the page cache."""
     return Job(tmp_path_factory.mktemp("larger"), victim, shapes=LARGER, shards=4)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tell at the end how much was survived."""
-    if TALLY:
-        told = ", ".join(f"{count} {kind}" for kind, count in sorted(TALLY.items()))
-        terminalreporter.write_line(f"faults injected and survived: {sum(TALLY.values())} ({told})")

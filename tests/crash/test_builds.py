@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from support.jobs import hashes, write_job
+from support.tally import TALLY
 
-from .conftest import TALLY, Victim
+from .conftest import Victim
 from .test_kills import moments
 
 

@@ -11,8 +11,9 @@ import yaml
 
 import mergepipe
 from support.jobs import SMALL, hashes, write_model
+from support.tally import TALLY
 
-from .conftest import TALLY, Victim
+from .conftest import Victim
 from .test_kills import moments
 
 

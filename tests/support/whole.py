@@ -15,6 +15,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 import mergepipe
+from mergepipe.tasks.registry import METHODS
 from support import reference
 
 F64 = npt.NDArray[np.float64]
@@ -90,6 +91,10 @@ def prepare(
     for entry, parameters in zip(listed, each or [{}] * len(paths), strict=True):
         if parameters:
             entry["parameters"] = dict(parameters)  # type: ignore[assignment]
+    if METHODS[str(recipe["merge_method"])].importance:
+        for k, entry in enumerate(listed):
+            importances = {name: np.abs(value) + k + 1 for name, value in base.items()}
+            entry["importance"] = str(write(folder / f"importance-{k}", importances, dtypes))
     document = {"base_model": str(write(folder / "base", base, dtypes)), "models": listed, **recipe}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(document))
     how = {"memory": "3GiB", "chunk_size": "64KiB", **how}

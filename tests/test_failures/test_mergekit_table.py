@@ -128,7 +128,6 @@ def add_layer(here: Path) -> None:
 def to_fp8(here: Path) -> None:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         tensors[UP] = tensors[UP].to(torch.float8_e4m3fn)
-        tensors[f"{UP}_scale_inv"] = torch.ones(1, 1)
 
     everywhere(here, edit)
 
@@ -205,11 +204,10 @@ BY_HEADERS = {
     "more layers": Row(
         "fails without naming them", add_layer, 4, ("model.layers.2.", "/expert-1", "not in", "/base", "Remedy: ")
     ),
-    "fp8 with scales": Row(
-        "averages the codes and drops the scales, exit 0", to_fp8, 4,
-        ("quantised", "/expert-1", f"{UP}_scale_inv", "dequantise"), {"dtype": "bfloat16"},
+    "fp8 codes alone": Row(
+        "averages the codes, exit 0", to_fp8, 4, (UP, "F8_E4M3", "/expert-1", "scale", "dequantise"),
+        {"dtype": "bfloat16"},
     ),
-    "fp8 without dtype": Row("fails in the run", to_fp8, 4, ("quantised", "/base", f"{UP}_scale_inv", "dequantise")),
     "int8 in one model": Row(
         "merges integers as floats, exit 0", to_int8, 4, (UP, "/expert-1", "Remedy: ", "quantised"),
         {"dtype": "bfloat16"},
@@ -262,6 +260,23 @@ def test_found_before_any_work(name: str, here: Path, capsys: pytest.CaptureFixt
         absent = [word for word in row.told if word not in text and word != "Remedy: "]
         assert not absent, text
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+def test_fp8_with_scales_is_what_it_stands_for(here: Path) -> None:
+    """mergekit averages the codes and drops the scales, exit 0."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UP] = tensors[UP].to(torch.float8_e4m3fn)
+        tensors[f"{UP}_scale_inv"] = torch.tensor([[0.5]])
+
+    everywhere(here, edit)
+    write_recipe(here, merge_method="linear", base_model=None, parameters={"weight": 0.5}, dtype="float32")
+    assert main(["build"]) == 0
+    assert main(["run", "--quiet"]) == 0
+    merged = read_tensors(here / "merged")
+    models = [read_tensors(here / name)[UP].float() * 0.5 for name in ("expert-0", "expert-1")]
+    torch.testing.assert_close(merged[UP], (models[0] + models[1]) / 2, rtol=1e-6, atol=0)
+    assert f"{UP}_scale_inv" not in merged
 
 
 def test_a_full_disk_is_seen_before_work(
