@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mergepipe
-from mergepipe.pipeline.run import ReaderKind
+from mergepipe.pipeline.reading import ReaderKind
 from mergepipe.tasks import guess
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 
