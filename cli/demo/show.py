@@ -74,7 +74,9 @@ def show(folder: str | Path, *, seed: int, quick: bool) -> None:
 
 def print_table(console: Console, table: Table, legend: Sequence[str], lines: Sequence[str]) -> None:
     """A table, what its words mean, and what it says."""
-    console.print(table)
+    # As wide as it is: a narrow terminal had better wrap its lines than leave out what does not fit.
+    width = Console(width=1000).measure(table).maximum
+    Console(highlight=False, width=max(width, console.width)).print(table)
     console.print("", *legend, sep="\n")
     for line in lines:
         console.print(f"- {line}")
