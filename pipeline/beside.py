@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergepipe.pipeline.chat_templates import BUILTIN, TEMPLATE_FILE, most_common, template_of
-from mergepipe.pipeline.tokenizers import TOKENIZER_FILES, written_files
+from mergepipe.pipeline.tokenizers import TOKENIZER_FILES, ids_that_differ, written_files
 
 if TYPE_CHECKING:
     from mergepipe.pipeline.recipe import Recipe
@@ -105,10 +105,26 @@ def files_beside(
         generation = _read(folder / "generation_config.json")
         if changed := _ids_changed(generation, vocabulary, notes):
             contents["generation_config.json"] = _to_json({**generation, **changed})
+    else:
+        notes += _other_tokens(recipe.sources, folders)
     _put_template(recipe, folders, contents, withheld, notes)
     notes += vocabulary.notes if vocabulary is not None else ()
     beside = Beside(tuple(sorted(contents)), tuple(dict.fromkeys(withheld)))
     return BesideFiles(beside, contents, _nested(config), tuple(dict.fromkeys(notes)))
+
+
+def _other_tokens(sources: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Rows that stand for other tokens in some model are merged all the same, where nobody asks for tokenizers."""
+    notes = []
+    for source, folder in zip(sources[1:], folders[1:], strict=True):
+        if differing := ids_that_differ(folders[0], folder):
+            number, (one, other) = next(iter(differing.items()))
+            notes.append(
+                f"'{source}' has other tokens than '{sources[0]}' at {len(differing):,} ids, such as {number} "
+                f"({other!r}, {one!r}): their rows are merged all the same; `tokenizer_source: union` merges token "
+                f"by token"
+            )
+    return notes
 
 
 def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:

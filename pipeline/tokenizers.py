@@ -6,6 +6,7 @@ when a recipe asks for a vocabulary and not before.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mergepipe.errors import CheckpointError, CheckpointNotFoundError, UsageError
+
+LARGEST = 100_000_000
+"""Bytes of a `tokenizer.json` that is looked into; the largest of today have 35 million."""
 
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken"),
@@ -89,6 +93,37 @@ def read_tokenizer(path: str, folder: Path | None = None) -> Tokenizer | None:
             f"models have one vocabulary"
         ) from error
     return Tokenizer(path, folder, vocab, loaded)
+
+
+def ids_that_differ(one: Path, other: Path) -> dict[int, tuple[str | None, str | None]]:
+    """Ids that stand for other tokens in two folders, by their `tokenizer.json` alone, without any library.
+
+    Returns
+    -------
+    dict
+        Id to the token of each, None where one has none; empty if a folder has no such file, or one that does not say.
+    """
+    first, second = one / "tokenizer.json", other / "tokenizer.json"
+    if not (first.is_file() and second.is_file()) or filecmp.cmp(first, second, shallow=False):
+        return {}
+    mine, theirs = _tokens(first), _tokens(second)
+    if not (mine and theirs):
+        return {}
+    pairs = {number: (mine.get(number), theirs.get(number)) for number in mine.keys() | theirs.keys()}
+    return {number: pair for number, pair in sorted(pairs.items()) if pair[0] != pair[1]}
+
+
+def _tokens(file: Path) -> dict[int, str]:
+    """Token by id; nothing where the file is not as expected: only those who use it have to complain."""
+    if file.stat().st_size > LARGEST:
+        return {}
+    try:
+        document = json.loads(file.read_bytes())
+        vocab = document["model"]["vocab"]
+        found = {int(number): str(token) for token, number in vocab.items()}
+        return found | {int(added["id"]): str(added["content"]) for added in document.get("added_tokens") or ()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def _load(transformers: Any, path: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 import mergepipe
 from mergepipe.errors import (
@@ -373,3 +374,25 @@ def test_masks_over_another_vocabulary_are_refused(models: list[Model], tmp_path
     document["models"] = [{"model": entry["model"]} for entry in document["models"]]
     with pytest.raises(RecipeError, match="keeps masks over the base's own rows"):
         build(tmp_path, document)
+
+
+def test_other_tokens_at_the_same_ids_are_told(models: list[Model], tmp_path: Path) -> None:
+    """Tables of one size merge by position where the recipe says nothing of tokenizers, but not in silence."""
+    rng = np.random.default_rng(0)
+    tables = rng.normal(size=(40, 8)).astype(np.float32)
+    for name, model in (("one", models[0]), ("same", models[0]), ("two", models[3])):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"model.embed_tokens.weight": tables}, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 40}))
+        (folder / "tokenizer.json").write_bytes((model.folder / "tokenizer.json").read_bytes())
+    document = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / name)} for name in ("one", "same", "two")],
+        "parameters": {"weight": 1.0},
+    }
+    told = [note for note in build(tmp_path / "job", document).notes if "token by token" in note]
+    assert len(told) == 1
+    assert f"'{tmp_path / 'two'}' has other tokens than '{tmp_path / 'one'}' at " in told[0]
+    (tmp_path / "two" / "tokenizer.json").write_text("{")
+    assert not [note for note in build(tmp_path / "broken", document).notes if "token by token" in note]
