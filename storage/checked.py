@@ -39,8 +39,8 @@ class CheckedFiles:
 
     Examples
     --------
-    >>> files = CheckedFiles(["/work/stores/0-base/zarr"])
-    >>> files.is_checked("/work/stores/0-base/zarr/w/c.0.0"), files.is_checked("/models/base/model.safetensors")
+    >>> files = CheckedFiles(["/merge/stores/0-base/zarr"])
+    >>> files.is_checked("/merge/stores/0-base/zarr/w/c.0.0"), files.is_checked("/models/base/model.safetensors")
     (True, False)
     """
 

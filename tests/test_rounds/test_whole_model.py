@@ -167,15 +167,21 @@ def test_tadrop_leaves_excluded_tensors_out_of_the_sum(tmp_path: Path, leave: di
     np.testing.assert_allclose(kept, 0.3, atol=2e-4)
 
 
-def test_models_calibrated_together_need_one_target(tmp_path: Path) -> None:
+def test_tensors_with_other_targets_are_calibrated_apart(tmp_path: Path) -> None:
     base, experts = whole.family()
     sparsify = {
         "method": "tadrop",
+        "tie_rule": "index",
         "calibrate_scope": "all",
         "target_density": [{"filter": "embed", "value": 0.2}, {"value": 0.4}],
     }
     recipe = {"merge_method": "task_arithmetic", "sparsify": sparsify, "parameters": {"weight": 1.0}}
-    whole.merged(tmp_path, base, experts, recipe)  # by tensor they may differ: two groups
+    whole.merged(tmp_path, base, experts, recipe)
+    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text())["densities"]
+    sizes = {name: value.size for name, value in base.items() if value.size}
+    for target, names in ((0.2, ["embed.weight"]), (0.4, [name for name in sizes if name != "embed.weight"])):
+        kept = sum(np.mean(densities[name]) * sizes[name] for name in names) / sum(sizes[name] for name in names)
+        np.testing.assert_allclose(kept, target, atol=3e-3)
 
 
 @pytest.mark.parametrize("norms", ["model", "tensor"])
