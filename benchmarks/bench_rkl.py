@@ -84,15 +84,17 @@ def main(size: int, donors: int, repeats: int, quick: bool, json_path: Path | No
 
 
 def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
-    """The row divergence alone, on decoded blocks that lie in the cache."""
+    """The row divergence alone, on decoded blocks that lie in the cache: of close rows, and of others."""
     a, b = (np.empty(2**16, np.float32) for _ in range(2))
     for bits, values in zip(streams, (a, b), strict=False):
         convert.decode(bits[: a.size], "BF16", values)
-    for width in (64, 1024, 4096, 2**16):
-        out = np.empty((a.size // width, 1))
-        measure = partial(rows.measure_rows, a, b, width, 1.0, 0.0, out)
-        times = nanoseconds(lambda measure=measure: [measure() for _ in range(16)], 16 * a.size, repeats)  # type: ignore[misc]
-        report.add(f"row divergence, rows of {width}", times, "ns")
+    for what, weight in (("row divergence", 0.5), ("row divergence, a weight beyond 1", 1.5)):
+        for width in (64, 1024, 4096, 2**16):
+            a[::width], b[::width] = weight, weight
+            out = np.empty((a.size // width, 1))
+            measure = partial(rows.measure_rows, a, b, width, 1.0, 0.0, out)
+            times = nanoseconds(lambda measure=measure: [measure() for _ in range(16)], 16 * a.size, repeats)  # type: ignore[misc]
+            report.add(f"{what}, rows of {width}", times, "ns")
 
 
 def report_merge(report: Report, fusion: Fusion, memcpy: float, repeats: int) -> None:

@@ -1,7 +1,7 @@
 """Row divergences and scores through torch: for a GPU, to the bit what :mod:`mergepipe.tasks.rows` finds on the CPU.
 
 Every number is made of single additions, multiplications, comparisons and shifts in float64, each a torch operation of
-its own, to which IEEE 754 leaves no freedom; the exponential is the same polynomial, sums run over the same 64 lanes
+its own, to which IEEE 754 leaves no freedom; the exponentials are the same polynomials, sums run over the same 64 lanes
 in the same order, and the logarithms, one per row, are taken on the CPU from those sums. So a mask does not depend on
 where it was made. The tests compare bits wherever there is a GPU; still work is never handed from one device to
 another in the middle (:mod:`mergepipe.pipeline.devices`).
@@ -97,6 +97,68 @@ def measure_rows(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: floa
     squares : float64 ndarray, shape (rows,)
         Sums of squares of the differences.
     """
+    import torch
+
+    found, squares = np.empty((len(a), rows.STATISTICS)), np.empty(len(a))
+    left = np.ones(len(a), bool)
+    if rows.measured_close(a.element_size(), a.shape[1]):
+        close = (a.abs().amax(1) <= rows.CLOSE_WEIGHT) & ((b - a).abs().amax(1) <= rows.CLOSE_DELTA)
+        which = close.cpu().numpy()
+        if which.any():
+            moments = _moments(a[close], b[close]).cpu().numpy()
+            settled, own = np.empty(len(moments), bool), np.empty((len(moments), rows.STATISTICS))
+            rows.finish_close_rows(moments, reverse, forward, own, settled)
+            at = np.flatnonzero(which)[settled]
+            found[at], squares[at], left[at] = own[settled], moments[settled, -1], False
+    if left.any():
+        # Most often it is none of them or all.
+        rest = slice(None) if left.all() else torch.from_numpy(left).to(a.device)
+        found[left], squares[left] = _measure_others(a[rest], b[rest], reverse, forward)
+    return found, squares
+
+
+def _moments(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """:data:`mergepipe.tasks.rows.MOMENTS` of close rows."""
+    import torch
+
+    spare = -a.shape[1] % rows.STRIDE
+    a, b = (torch.nn.functional.pad(values, (0, spare)) for values in (a, b))
+    x, d = a.to(torch.float64), (b - a).to(torch.float64)
+    weight = x * rows._ROOT[-1]
+    for constant in rows._ROOT[-2:0:-1]:
+        weight += constant
+        weight *= x
+    weight += rows._ROOT[0]
+    for _ in range(4):
+        weight *= weight
+    square = d * d
+    fourth = square * square
+    first, second = weight * d, weight * square
+    third = first * square
+    raised = (term * fourth for term in (weight, first, second, third))
+    terms = (weight, first, second, third, *raised, d, square)
+    sums = torch.stack([_stride_sums(term) for term in terms], 1)
+    sums[:, 0] -= spare
+    return sums
+
+
+def _stride_sums(terms: torch.Tensor) -> torch.Tensor:
+    """Sums along the last axis in the order of moments: four by four, stride by stride, and lanes half on half."""
+    strides = terms.reshape(len(terms), -1, 4, LANES)
+    fours = (strides[:, :, 0] + strides[:, :, 1]) + (strides[:, :, 2] + strides[:, :, 3])
+    # A sum that begins with a positive zero is never a negative one.
+    lanes = fours[:, 0] + 0.0
+    for number in range(1, fours.shape[1]):
+        lanes += fours[:, number]
+    half = LANES // 2
+    while half:
+        lanes = lanes[:, :half] + lanes[:, half : 2 * half]
+        half //= 2
+    return lanes[:, 0]
+
+
+def _measure_others(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: float) -> tuple[Array, Array]:
+    """The same of rows that are not close."""
     import torch
 
     width = a.shape[1]

@@ -96,6 +96,25 @@ def test_bits_are_those_of_the_kernels(shape: tuple[int, int], work: str, step: 
 
 
 @on_every_device
+@pytest.mark.parametrize("width", [63, 64, 300, 512, 4097])
+def test_bits_of_close_rows(width: int, device: str) -> None:
+    """Rows that are close, some beside them that are not, and some that moved as a whole."""
+    rng = np.random.default_rng(width)
+    a = rng.normal(0, 0.02, (12, width)).astype("f4")
+    b = (a + rng.normal(0, 1e-3, a.shape)).astype("f4")
+    b[1], b[2], a[3], b[4] = a[1], a[2] + np.float32(0.01), a[3] + 1, b[4] + np.float32(0.02)
+    a[5, 7], b[6, 7] = -1.0, 0.2
+    for chosen in (slice(None), [0, 1, 5], [3, 6]):
+        x, y = np.ascontiguousarray(a[chosen]), np.ascontiguousarray(b[chosen])
+        for directions in DIRECTIONS:
+            expected = np.empty((len(x), 3))
+            energy = rows.measure_rows(x.ravel(), y.ravel(), width, *directions, expected)
+            found, squares = rows_torch.measure_rows(on(device, x), on(device, y), *directions)
+            same_bits(found, expected)
+            assert rows_torch.block_energies(squares, len(x)).tolist() == [energy]
+
+
+@on_every_device
 def test_huge_weights(device: str) -> None:
     """Differences that overflow, rows that are far apart."""
     a = np.array([[3e38, 0, -3e38, 1], [1e4, -1e4, 0, 0], [0, 0, 0, 0], [3e38, -3e38, 0, 0]], "f4")

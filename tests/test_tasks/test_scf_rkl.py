@@ -163,6 +163,51 @@ def test_divergences(shape: tuple[int, ...], step: float, work: str, direction: 
     np.testing.assert_allclose(found, np.asarray(v * reverse + w * forward, np.float64), rtol=1e-9, atol=2e-18)
 
 
+def close_rows(width: int, step: float, reach: float, mean: float = 0.0) -> tuple[Array, Array]:
+    """Rows of float32 with weights up to `reach`, and differences up to 1/32 around `mean`."""
+    rng = np.random.default_rng(width)
+    a = np.clip(rng.normal(0, reach / 3, (6, width)), -reach, reach).astype("f4")
+    a[:, 0] = reach
+    b = (a + np.clip(rng.normal(mean, step, a.shape), -1 / 33, 1 / 33)).astype("f4")
+    return a, b
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward", "sym"])
+@pytest.mark.parametrize("step", [1e-6, 1e-4, 1e-3, 0.05])
+@pytest.mark.parametrize("reach", [0.03, 1.0])
+@pytest.mark.parametrize("width", [64, 255, 257, 4096])
+def test_divergences_of_close_rows(width: int, reach: float, step: float, direction: str) -> None:
+    a, b = close_rows(width, step, reach)
+    reverse, forward, _ = reference_rows(a, b)
+    v, w = weights_of(direction)
+    found = np.empty((6, 3))
+    energy = rows.measure_rows(a.ravel(), b.ravel(), width, v, w, found)
+    expected = np.asarray(v * reverse + w * forward, np.float64)
+    np.testing.assert_allclose(found[:, 0], expected, rtol=2e-12, atol=2e-18)
+    assert energy == pytest.approx(float(np.square((b - a).astype("f8")).sum()), rel=1e-13)
+    # What makes them close is no more than that: with one weight beyond the limit the others are measured the long way.
+    if step < 0.05:
+        outside = rows.CLOSE_WEIGHT + np.float32(0.01)
+        longer = [np.concatenate([x, np.full((6, 1), outside, "f4")], 1) for x in (a, b)]
+        long_way = np.empty((6, 1))
+        rows.measure_rows(longer[0].ravel(), longer[1].ravel(), width + 1, v, w, long_way)
+        x, y, _ = reference_rows(*longer)
+        np.testing.assert_allclose(long_way[:, 0], np.asarray(v * x + w * y, np.float64), rtol=1e-9, atol=2e-18)
+
+
+@pytest.mark.parametrize("mean", [0.001, 0.02])
+@pytest.mark.parametrize("step", [0.0, 1e-6, 1e-3, 0.004])
+def test_rows_that_moved_as_a_whole(step: float, mean: float) -> None:
+    """What all elements of a row have moved by cancels, however small the rest."""
+    a, b = close_rows(1024, step, 0.1, mean)
+    found = np.empty((6, 3))
+    rows.measure_rows(a.ravel(), b.ravel(), 1024, 1.0, 0.0, found)
+    np.testing.assert_allclose(found[:, 0], np.asarray(reference_rows(a, b)[0], np.float64), rtol=1e-9, atol=2e-18)
+    exact = np.full_like(a, 0.5)
+    rows.measure_rows(exact.ravel(), (exact + np.float32(1 / 64)).ravel(), 1024, 1.0, 0.0, found)
+    assert not found[:, 0].any()
+
+
 @pytest.mark.parametrize("work", ["f4", "f8"])
 @pytest.mark.parametrize("importance", ["delta_kl", "pointwise"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
