@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,12 @@ class _Application:
             self._check_new(target)
             tensors[target] = stored[target] = replace(moved[entry.name], name=target)
             adjust.pop(target, None)
+        changed: dict[str, str] = {}
         for update in self.updates.values():
             target = rename(f"{update.module}.weight")
+            if target in changed:
+                raise CheckpointError(f"'{self.folder}' has two updates of '{target}': '{changed[target]}' is one")
+            changed[target] = update.module
             adjust[target] = (*adjust.get(target, ()), self._low_rank(update, tensors[target]))
             for entry in update.parts.values():
                 if entry.name in stored:
@@ -159,25 +163,67 @@ class _Application:
             raise CheckpointError(f"'{self.folder}' holds no tensors")
 
     def _naming(self) -> Callable[[str], str]:
-        """From names of the adapter to names of the checkpoint: as they are, or less or more of the model's own prefix.
+        """From names of the adapter to names of the checkpoint.
 
-        An adapter has the names of the class that was trained; a checkpoint may be of the model inside it, or around.
+        An adapter has the names of the class that was trained. A checkpoint has them, too, or those that the class had
+        when the format was made; or it is of the model inside that class, or around it.
         """
         targets = [f"{module}.weight" for module in self.updates]
-        known = self.model.tensors
-        first = {name.partition(".")[0] for name in known}
-        ways: list[Callable[[str], str]] = [lambda name: name, lambda name: name.partition(".")[2]]
-        ways += [lambda name, prefix=prefix: f"{prefix}.{name}" for prefix in sorted(first)]  # type: ignore[misc]
-        if not targets:
-            return ways[0]
-        for way in ways:
-            if all(way(name) in known for name in targets):
-                return way
-        missing = [name for name in targets if name not in known]
+        if all(name in self.model.tensors for name in targets):
+            return lambda name: name
+        renamed = self._renamed()
+        if all(renamed(name) in self.model.tensors for name in targets):
+            return renamed
+        return self._moved([name for name in targets if name not in self.model.tensors])
+
+    def _renamed(self) -> Callable[[str], str]:
+        """By what the class of the model calls each of the two."""
+        from mergepipe.pipeline.module_names import module_namer
+
+        namer = module_namer(self.model.config, self.model.tensors)
+        if namer is None:
+            return lambda name: name
+        stored = {called: name for name in self.model.tensors if (called := namer(name)) is not None}
+
+        def renamed(name: str) -> str:
+            called = namer(name)
+            return name if name in self.model.tensors or called is None else stored.get(called, name)
+
+        return renamed
+
+    def _moved(self, missing: Sequence[str]) -> Callable[[str], str]:
+        """By another beginning of the names: as little is taken off as possible, and never a number."""
+        first = missing[0].split(".")
+        whole = next((at for at, part in enumerate(first) if part.isdigit()), len(first) - 2)
+        for cut in range(max(whole, 0) + 1):
+            old = "".join(f"{part}." for part in first[:cut])
+            ends = missing[0].removeprefix(old)
+            news = {name.removesuffix(ends) for name in self.model.tensors if f".{name}".endswith(f".{ends}")}
+            fits = [new for new in sorted(news) if all(self._fits(name, old, new) for name in missing)]
+            if len(fits) > 1:
+                places = " or ".join(f"'{new}{ends}'" for new in fits[:_MAX_SHOWN])
+                raise TensorMismatchError(
+                    f"'{self.folder}' targets '{missing[0]}', which may be {places} of '{self.model.root}': rename the "
+                    "tensors in the adapter as they are called there"
+                )
+            if fits:
+                return lambda name: name if name in self.model.tensors else _exchanged(name, old, fits[0])
         raise TensorMismatchError(
             f"'{self.folder}' targets {len(missing)} tensors that '{self.model.root}' does not have: {_some(missing)}. "
-            "Is it an adapter of this model?"
+            "Is it an adapter of this model? If the model's class calls its modules otherwise than its files do, "
+            "transformers has to be installed, which knows both: `pip install mergepipe[eval]`"
         )
+
+    def _fits(self, name: str, old: str, new: str) -> bool:
+        """Whether there is a tensor of the right shape under a name with another beginning."""
+        weight = self.model.tensors.get(_exchanged(name, old, new))
+        if weight is None or not name.startswith(old):
+            return False
+        try:
+            self._low_rank(self.updates[name.removesuffix(".weight")], weight)
+        except TensorMismatchError:
+            return False
+        return True
 
     def _check_new(self, name: str) -> None:
         ties = self.model.config.get("tie_word_embeddings") is True or name in self.model.twins
@@ -264,6 +310,10 @@ class _Application:
             except (re.error, RecursionError, OverflowError) as error:
                 raise CheckpointError(f"'{self.folder}': {key}: {pattern[:100]!r} is no pattern: {error}") from error
         return default
+
+
+def _exchanged(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def _some(names: Iterable[str]) -> str:

@@ -12,9 +12,10 @@ import yaml
 
 _DRIVER = """
 import json, sys, traceback
-from mergekit.scripts.run_yaml import main
+from importlib import import_module
+main = import_module("mergekit.scripts." + sys.argv[1]).main
 for folder in json.load(sys.stdin):
-    options = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+    options = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet", *sys.argv[2:]]
     try:
         main([folder + "/recipe.yaml", folder + "/merged", *options], standalone_mode=False)
     except BaseException:
@@ -22,8 +23,20 @@ for folder in json.load(sys.stdin):
 """
 
 
-def run_mergekit(python: Path, recipes: dict[str, dict[str, Any]], folder: Path) -> dict[str, Path]:
+def run_mergekit(
+    python: Path, recipes: dict[str, dict[str, Any]], folder: Path, *options: str, script: str = "run_yaml"
+) -> dict[str, Path]:
     """Merge each recipe into a folder of its own under `folder`.
+
+    Parameters
+    ----------
+    python : Path
+    recipes : dict
+    folder : Path
+    *options : str
+        What else stands on the command line.
+    script : {'run_yaml', 'merge_raw_pytorch'}
+        mergekit's module behind `mergekit-yaml`, or that behind `mergekit-pytorch`.
 
     Returns
     -------
@@ -35,7 +48,7 @@ def run_mergekit(python: Path, recipes: dict[str, dict[str, Any]], folder: Path)
         folders[name].mkdir(parents=True)
         (folders[name] / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     subprocess.run(
-        [str(python), "-c", _DRIVER],
+        [str(python), "-c", _DRIVER, script, *options],
         input=json.dumps([str(path) for path in folders.values()]),
         env={**os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=True, timeout=500,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +17,10 @@ import mergepipe
 from mergepipe.errors import CheckpointError, MergepipeError, RecipeError, TensorMismatchError
 from mergepipe.pipeline.models import open_model
 from mergepipe.pipeline.recipe import parse_recipe
-from support.checkpoints import new_model, read_tensors
+from support.adapters import VARIANTS, write_adapter
+from support.checkpoints import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("default")  # peft and transformers warn about themselves
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft = pytest.importorskip("peft")
-    import transformers
-
-LINEAR = ["q_proj", "v_proj", "down_proj"]
-
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("llama", {"r": 4, "lora_alpha": 7, "target_modules": LINEAR}),
-    "rslora": ("llama", {"r": 4, "lora_alpha": 7, "target_modules": LINEAR, "use_rslora": True}),
-    "patterns": ("llama", {
-        "r": 4, "lora_alpha": 8, "target_modules": LINEAR,
-        "rank_pattern": {"down_proj": 3, r"layers\.1\..*q_proj": 6, "layers.0.self_attn.v_proj": 1},
-        "alpha_pattern": {"down_proj": 5, "q_proj": 1},
-    }),
-    "modules to save": ("llama", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "embedding": ("llama", {"r": 3, "lora_alpha": 5, "target_modules": ["embed_tokens", "q_proj"]}),
-    "dora": ("llama", {"r": 4, "lora_alpha": 7, "target_modules": LINEAR, "use_dora": True}),
-    "dora, embedding": ("llama", {"r": 3, "target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
-    "tied": ("qwen2", {"r": 3, "target_modules": ["embed_tokens", "v_proj"]}),
-    "biases": ("qwen2", {"r": 3, "target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
-    "gpt2": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "gpt2, dora": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
-    "convolution": ("vit", {"r": 3, "target_modules": ["projection"]}),
-    "dora, convolution": ("vit", {"r": 3, "target_modules": ["projection"], "use_dora": True}),
-}  # fmt: skip
-
-
-def make_model(kind: str) -> Any:
-    if kind != "gpt2":
-        return new_model(kind)
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=211, n_positions=64)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
-def train(model: Any) -> None:
-    """Give every trainable parameter a value that matters: B starts from zero, and would hide every mistake."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-
-
-def write(
-    folder: Path, kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
-    """A base and an adapter of it under `folder`; the tensors that PEFT merges them into."""
-    base = make_model(kind).to(dtype)
-    base.save_pretrained(folder / "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tuned = peft.get_peft_model(base, peft.LoraConfig(**options))
-        train(tuned)
-        tuned.save_pretrained(folder / "lora")
-        fresh = type(base).from_pretrained(folder / "base", dtype=dtype)
-        merged = peft.PeftModel.from_pretrained(fresh, folder / "lora").merge_and_unload(safe_merge=True)
-        merged.save_pretrained(folder / "expected")
-    return read_tensors(folder / "expected")
 
 
 def merge(folder: Path, recipe: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
@@ -100,7 +40,7 @@ def passthrough(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_peft_merges(variant: str, tmp_path: Path) -> None:
     """Every tensor, to a few units in the last place of float32; what the adapter leaves alone, to the bit."""
-    expected = write(tmp_path, *VARIANTS[variant])
+    expected = write_adapter(tmp_path, *VARIANTS[variant])
     found = merge(tmp_path, passthrough(tmp_path))
     base = read_tensors(tmp_path / "base")
     assert found.keys() == expected.keys()
@@ -114,7 +54,7 @@ def test_what_peft_merges(variant: str, tmp_path: Path) -> None:
 def test_bfloat16_is_rounded_once(tmp_path: Path) -> None:
     """Half a unit in the last place from float64; PEFT, which rounds the update first, is up to one away."""
     _, options = VARIANTS["plain"]
-    expected = write(tmp_path, "llama", options, torch.bfloat16)
+    expected = write_adapter(tmp_path, "llama", options, torch.bfloat16)
     found, base = merge(tmp_path, passthrough(tmp_path)), read_tensors(tmp_path / "base")
     lora = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     for name in found:
@@ -133,8 +73,8 @@ SLOW = [pytest.param(one, marks=pytest.mark.slow, id=str(one)) for one in ({"wor
 @pytest.mark.parametrize("options", [{"chunk_size": 3000}, {"reader": "direct"}, *SLOW], ids=str)
 def test_the_cut_changes_no_byte(options: dict[str, Any], tmp_path: Path) -> None:
     """With thresholds over deltas, a DoRA under the base, an adapter on one model and none on another."""
-    write(tmp_path / "a", *VARIANTS["dora"])
-    write(tmp_path / "b", *VARIANTS["embedding"])
+    write_adapter(tmp_path / "a", *VARIANTS["dora"])
+    write_adapter(tmp_path / "b", *VARIANTS["embedding"])
     models = [f"{tmp_path}/b/base+{tmp_path}/b/lora", str(tmp_path / "a" / "base")]
     recipe = {
         "merge_method": "ties",
@@ -148,7 +88,7 @@ def test_the_cut_changes_no_byte(options: dict[str, Any], tmp_path: Path) -> Non
 
 def test_a_whole_matrix_method_takes_adapters(tmp_path: Path) -> None:
     """As it takes the model that PEFT wrote."""
-    write(tmp_path, *VARIANTS["plain"])
+    write_adapter(tmp_path, *VARIANTS["plain"])
     recipe: dict[str, Any] = {"merge_method": "tsv_m", "base_model": str(tmp_path / "base"), "dtype": "float32"}
     names = (f"{tmp_path}/base+{tmp_path}/lora", str(tmp_path / "expected"))
     found = [merge(tmp_path, recipe | {"models": [{"model": name}]}) for name in names]
@@ -182,13 +122,84 @@ def test_a_revision_of_a_folder_is_a_fault(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_the_prefix_of_the_class(tmp_path: Path) -> None:
     """GPT-2's own files have no `transformer.` before their names, the adapter of the class around it has."""
-    expected = write(tmp_path, *VARIANTS["gpt2"])
+    expected = write_adapter(tmp_path, *VARIANTS["gpt2"])
     path = tmp_path / "base" / "model.safetensors"
     bare = {name.removeprefix("transformer."): value for name, value in load_file(path).items()}
     save_file(bare, path, {"format": "pt"})
     found = merge(tmp_path, passthrough(tmp_path))
     for name, value in expected.items():
         torch.testing.assert_close(found[name.removeprefix("transformer.")], value, rtol=2e-6, atol=2e-7)
+
+
+def rename_all(folder: Path, *pairs: tuple[str, str]) -> None:
+    """Rename the tensors of an adapter."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for old, new in pairs:
+        tensors = {name.replace(old, new): value for name, value in tensors.items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_an_adapter_from_before_the_class_was_renamed(tmp_path: Path) -> None:
+    """Its names are those of the files; mixed with new ones they are understood as well."""
+    expected = write_adapter(tmp_path, *VARIANTS["dora, renamed"])
+    old = (
+        (".layers.", ".encoder.layer."),
+        (".attention.v_proj.", ".attention.attention.value."),
+        (".mlp.fc1", ".intermediate.dense"),
+    )
+    for pairs in (old[2:], old):
+        shutil.copytree(tmp_path / "lora", tmp_path / "kept")
+        rename_all(tmp_path / "lora", *pairs)
+        found = merge(tmp_path, passthrough(tmp_path))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=2e-6, atol=2e-7)
+        shutil.rmtree(tmp_path / "lora")
+        (tmp_path / "kept").rename(tmp_path / "lora")
+
+
+def test_renamed_modules_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_adapter(tmp_path, *VARIANTS["renamed"])
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    with pytest.raises(TensorMismatchError, match=r"transformers has to be installed, .* mergepipe\[eval\]"):
+        open_model(f"{tmp_path}/base+{tmp_path}/lora")
+
+
+def test_a_configuration_that_asks_for_a_billion_layers(tmp_path: Path) -> None:
+    """Its model is not made."""
+    write_adapter(tmp_path, *VARIANTS["renamed"])
+    edit(tmp_path / "base" / "config.json", num_hidden_layers=10**9)
+    with pytest.raises(TensorMismatchError, match="does not have"):
+        open_model(f"{tmp_path}/base+{tmp_path}/lora")
+
+
+def bare(folder: Path, names: list[str], target: str, shape: tuple[int, int] = (6, 4)) -> str:
+    """A model of matrices by name, and an adapter of one module."""
+    for name in ("base", "lora"):
+        (folder / name).mkdir(parents=True)
+    save_file({name: torch.zeros(6, 4) for name in names}, folder / "base" / "model.safetensors")
+    factors = {f"{target}.lora_A.weight": torch.ones(2, shape[1]), f"{target}.lora_B.weight": torch.ones(shape[0], 2)}
+    save_file(factors, folder / "lora" / "adapter_model.safetensors")
+    (folder / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    return f"{folder}/base+{folder}/lora"
+
+
+def test_another_beginning_of_the_names(tmp_path: Path) -> None:
+    """One place that fits is taken; of two, neither; a layer of another number is never one."""
+    text, image = "language_model.model.layers.0.q.weight", "vision_tower.layers.0.q.weight"
+    model = open_model(bare(tmp_path / "a", [text, "x.weight"], "model.language_model.layers.0.q"))
+    assert list(model.adjust) == [text]
+    with pytest.raises(TensorMismatchError, match=f"may be '{text}' or '{image}'"):
+        open_model(bare(tmp_path / "b", [text, image], "model.decoder.layers.0.q"))
+    for number, (names, target, shape) in enumerate(
+        (
+            ([text], "model.layers.1.q", (6, 4)),
+            ([text], "other.layers.0.q", (4, 3)),
+            ([text], "other.layers.0.k", (6, 4)),
+        )
+    ):
+        with pytest.raises(TensorMismatchError, match="does not have"):
+            open_model(bare(tmp_path / str(number), names, target, shape))
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -199,7 +210,7 @@ def edit(path: Path, **changes: Any) -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and a plain adapter."""
     folder = tmp_path_factory.mktemp("plain")
-    write(folder, *VARIANTS["plain"])
+    write_adapter(folder, *VARIANTS["plain"])
     return folder
 
 
