@@ -104,7 +104,7 @@ def add_model(
     allowed = parse_bytes(memory) if memory is not None else old.allowed
     plan = settle_memory(stages.with_allowed(plan, allowed), checkpoints, allowed, workers)
     outputs.check_folder(Path(plan.output), stages.folders_read(plan))
-    check_room([output_need(plan, lambda _: 0), copies_need(plan, workspace), statistics_need(plan, workspace)])
+    check_room([output_need(plan), copies_need(plan, workspace), statistics_need(plan, workspace)])
     with WorkspaceLock(workspace):
         if Plan.from_json(workspace.read_plan()).id != old.id:
             raise WorkspaceError(f"another process has put another plan into '{workspace.root}': look at it first")

@@ -60,8 +60,9 @@ class AlignedTensor:
         copy.
     base : int or None
         For a merge, the checkpoint of the base if the tensor's method takes one.
-    importances : tuple of int
-        For a method that takes them, the checkpoint of each model's importances: positions in `Recipe.inputs`.
+    importances : tuple of (int, str)
+        For a method that takes them, the checkpoint of each model's importances, as a position in `Recipe.inputs`, and
+        what the tensor is called there.
     part : int
         Position in `Alignment.views` of the part that it belongs to.
     kept : tuple of int or None
@@ -77,7 +78,7 @@ class AlignedTensor:
     source: int
     models: tuple[int, ...] = ()
     base: int | None = None
-    importances: tuple[int, ...] = ()
+    importances: tuple[tuple[int, str], ...] = ()
     part: int = 0
     kept: tuple[int, ...] | None = None
     names: dict[int, str] = field(default_factory=dict)
@@ -321,24 +322,30 @@ class _Aligner:
             wants = METHODS[method].base
             base = None if wants == "ignored" or (wants == "optional" and self.recipe.base_model is None) else 0
             entry = owners[0]
-            importances = self._importances(name, entry) if METHODS[method].importance else ()
+            importances = self._importances(name, experts) if METHODS[method].importance else ()
             self.tensors.append(AlignedTensor(name, entry.shape, entry.dtype, "merge", 0, experts, base, importances))
 
-    def _importances(self, name: str, expected: TensorEntry) -> tuple[int, ...]:
+    def _importances(self, name: str, experts: Sequence[int]) -> tuple[tuple[int, str], ...]:
         """The checkpoints of each model's importances; what does not fit in them is a problem."""
-        given = [spec.importance for spec in self.recipe.experts_for(name)]
-        paths = [path for path in given if path is not None and path in self.inputs]
         remedy = "compute them for every tensor, or merge this one in another way: {match: NAME, merge_method: linear}"
-        for path in paths:
-            entry = self.inputs[path][1].tensors.get(name)
-            where = f"of the importances '{path}'"
+        found = []
+        for spec, index in zip(self.recipe.experts_for(name), experts, strict=True):
+            if spec.importance is None or spec.importance not in self.inputs:
+                continue
+            number, checkpoint = self.inputs[spec.importance]
+            # A slice's layer has another number in the output than in the model, whose names importances have.
+            expected = self.checkpoints[index].tensors[name]
+            entry = checkpoint.tensors.get(expected.name)
+            where = f"of the importances '{spec.importance}'"
             if entry is None:
-                self._problem(f"'{name}' is not among the tensors {where}", remedy)
+                self._problem(f"'{expected.name}' is not among the tensors {where}", remedy)
             elif entry.shape != expected.shape:
-                self._problem(f"'{name}' is {expected.shape} in {self._path(0)} but {entry.shape} {where}", remedy)
+                text = f"'{expected.name}' is {expected.shape} in {self._path(index)} but {entry.shape} {where}"
+                self._problem(text, remedy)
             elif DTYPES[entry.dtype].role != "merged":
-                self._problem(f"'{name}' is {entry.dtype} {where}", "importances are floating-point numbers")
-        return tuple(self.inputs[path][0] for path in paths)
+                self._problem(f"'{expected.name}' is {entry.dtype} {where}", "importances are floating-point numbers")
+            found.append((number, expected.name))
+        return tuple(found)
 
     def _copy(self, name: str, source: int, owners: Mapping[int, TensorEntry]) -> None:
         entry = owners[source]

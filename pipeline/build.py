@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,12 +32,12 @@ from mergepipe.pipeline.events import Announcer, Listener, Note
 from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.handover import SHARDS_OPEN
 from mergepipe.pipeline.machine import available_bytes, cpu_count
-from mergepipe.pipeline.masks import refuse_gathered
+from mergepipe.pipeline.masks import check_masks
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
 from mergepipe.pipeline.models import InputModel, open_models, stored_of
 from mergepipe.pipeline.obstacles import abandoned_work, unfinished_names
 from mergepipe.pipeline.parsing import NOT_MERGED
-from mergepipe.pipeline.plan import Plan, PlannedTensor, Source
+from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.planning import make_plan
 from mergepipe.pipeline.recipe import Recipe
 from mergepipe.pipeline.schedule import schedule
@@ -295,7 +295,7 @@ def _plan_merge(
         with faults.taken(), tempfile.TemporaryDirectory(prefix="mergepipe-build-") as name:
             wants_files = recipe.tokenizer is not None or recipe.chat_template is not None
             staged = _staged(before, Path(name)) if wants_files else {}
-            vocabulary = merge_vocabularies(recipe, checkpoints[: len(recipe.sources)], staged)
+            vocabulary = merge_vocabularies(recipe, checkpoints, staged)
             refuse_adjusted(vocabulary, checkpoints)
             roots = {text: one.root for text, one in zip(recipe.inputs, checkpoints, strict=True)}
             beside = files_beside(recipe, vocabulary, roots | staged)
@@ -322,7 +322,7 @@ def _plan_merge(
     )
     examined.unchecked = ()
     with faults.taken():
-        refuse_gathered(plan)
+        check_masks(plan)
         plan = settle_memory(plan, checkpoints, options.memory, options.workers)
     return Planned(merge, plan, checkpoints, vocabulary, beside)
 
@@ -378,7 +378,7 @@ def _check_disks(planned: Sequence[Planned], announce: Announcer) -> None:
         if found.plan.vocabulary is not None
     ]
     needs += [
-        replace(output_need(found.plan, _head_bytes(found)), what=f"what the earlier merge '{found.merge.name}' makes")
+        replace(output_need(found.plan), what=f"what the earlier merge '{found.merge.name}' makes")
         for found in waiting
         if found is not planned[-1]
     ]
@@ -387,11 +387,11 @@ def _check_disks(planned: Sequence[Planned], announce: Announcer) -> None:
         check_room(needs)
         return
     try:
-        check_room([output_need(last.plan, _head_bytes(last)), *needs])
+        check_room([output_need(last.plan), *needs])
     except DiskFullError:
         if len(last.plan.groups) <= SHARDS_OPEN:
             raise
-        check_room([output_need(last.plan, _head_bytes(last), handed_over=True), *needs])
+        check_room([output_need(last.plan, handed_over=True), *needs])
         announce(
             Note(
                 f"the disk of '{last.plan.output}' has no room for all {last.plan.layout().nbytes:,} bytes of the "
@@ -399,11 +399,6 @@ def _check_disks(planned: Sequence[Planned], announce: Announcer) -> None:
                 f"finish there"
             )
         )
-
-
-def _head_bytes(found: Planned) -> Callable[[Source], int]:
-    """Bytes of a head that a model keeps for itself."""
-    return lambda source: found.checkpoints[source.model].tensors[source.name].nbytes
 
 
 def _install(found: Planned, abandoned: Plan | None, announce: Announcer) -> None:

@@ -22,7 +22,7 @@ from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.recipe import Recipe, parse_recipe
 from mergepipe.storage.workspace import Workspace
 
-REFERENCES = frozenset({"model", "path", "base_model", "source", "tokenizer_source", "heads"})
+REFERENCES = frozenset({"model", "path", "base_model", "importance", "source", "tokenizer_source", "heads"})
 """Keys whose values may name a model."""
 
 

@@ -3,7 +3,7 @@
 They are written beside the output, piece by piece as the kernel comes along. A unit of the output is recorded as done
 only once its pieces are durable as well, so a resume finds both or redoes both. The files get their names when all
 tensors are made, before the output gets its own. What lets a task's model be put together again stands in the file's
-metadata: the rescaler of each tensor.
+metadata: the rescaler of each tensor, which model the base was, and what it calls its tensors.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ import numpy as np
 
 from mergepipe.errors import Fault, RecipeError, WorkspaceError
 from mergepipe.pipeline.outputs import TASKS_FOLDER
-from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.plan import Plan, Source
 from mergepipe.storage.bits import MaskWriter, mask_layout, masks_exist, reserve_masks
+from mergepipe.storage.dtypes import DTYPES
 from mergepipe.tasks.method import Array, State
 from mergepipe.tasks.registry import METHODS
 
 RESCALERS = "mergepipe.rescalers"
 """Key in a mask file's metadata: JSON, factor by name of the tensor."""
 
+BASE = "mergepipe.base"
+"""Key in a mask file's metadata: JSON with the `model` that the base is, as the manifest calls it, and `names`: what it
+calls a tensor, where that is another name than the output's."""
+
+BASE_ROWS = "base.safetensors"
+"""Beside the folders of the tasks: the base's tensors that no file of its own has as they were merged."""
+
 PAGE_BYTES = 4096
 """What a mask file's header is filled up to a multiple of."""
 
-TENSOR_BYTES = 512
-"""What it says of one tensor, name and rescaler, at the most."""
+TENSOR_BYTES = 768
+"""What it says of one tensor, names and rescaler, at the most."""
 
 
 def masked_tensors(plan: Plan) -> dict[int, dict[int, int]]:
@@ -50,20 +58,38 @@ def mask_bytes(plan: Plan) -> dict[int, int]:
     }
 
 
-def refuse_gathered(plan: Plan) -> None:
-    """Masks are put together again with the base's own rows: they must be the ones that were merged.
+def kept_base(plan: Plan) -> dict[str, Source]:
+    """Tensors of the base, by their names in the output, that are kept beside the masks: no file has their rows.
+
+    A task's model is put together from the base as it was merged. Where the base was read with the rows of another
+    vocabulary, its own file would not do.
+    """
+    masked = [t for t in plan.tensors if t.action == "merge" and METHODS[t.method].masks is not None]
+    return {t.name: t.base for t in masked if t.base is not None and plan.is_gathered(t.base)}
+
+
+def kept_base_bytes(plan: Plan) -> int:
+    """Bytes of the file with these, at the most; 0 where there is none."""
+    kept = kept_base(plan)
+    sizes = [math.prod(tensor.shape) for tensor in plan.tensors if tensor.name in kept]
+    items = [DTYPES[kept[tensor.name].dtype].itemsize for tensor in plan.tensors if tensor.name in kept]
+    values = sum(size * itemsize for size, itemsize in zip(sizes, items, strict=True))
+    return values + PAGE_BYTES * (1 + len(kept)) if kept else 0
+
+
+def check_masks(plan: Plan) -> None:
+    """Refuse masks over several bases: a task's model is put together from one.
 
     Raises
     ------
     RecipeError
-        If the base of a tensor with masks is read with the rows of another vocabulary.
     """
-    for tensor in plan.tensors:
-        masked = tensor.action == "merge" and METHODS[tensor.method].masks is not None
-        if masked and tensor.base is not None and plan.is_gathered(tensor.base):
-            what = f"{tensor.method} keeps masks over the base's own rows, and '{tensor.name}' would have others"
-            remedy = f"give it a rule with another method, such as {{match: '{tensor.name}', merge_method: linear}}"
-            raise RecipeError([Fault("$.tokenizer_source", f"{what}: {remedy}")])
+    members = {number for tensors in masked_tensors(plan).values() for number in tensors}
+    bases = {base.model for number in members if (base := plan.tensors[number].base) is not None}
+    if len(bases) > 1:
+        named = " and ".join(f"'{plan.models[number].label}'" for number in sorted(bases))
+        what = f"the masks of a task would be over several bases, {named}"
+        raise RecipeError([Fault("$", f"{what}: name one `base_model` for all parts, or merge them one by one")])
 
 
 class TaskMasks:
@@ -129,7 +155,12 @@ class TaskMasks:
 
     def _metadata(self, members: Mapping[int, int], state_of: Callable[[int], State]) -> dict[str, str]:
         factors = {self._plan.tensors[n].name: float(state_of(n)["rescalers"][k]) for n, k in members.items()}
-        return {"format": "mergepipe masks 1", RESCALERS: json.dumps(factors)}
+        tensors = [self._plan.tensors[number] for number in members]
+        bases = {tensor.name: tensor.base for tensor in tensors if tensor.base is not None}
+        called = next((self._plan.models[base.model].public for base in bases.values()), "")
+        names = {name: base.name for name, base in bases.items() if base.name != name}
+        below = json.dumps({"model": called, "names": names})
+        return {"format": "mergepipe masks 1", RESCALERS: json.dumps(factors), BASE: below}
 
     def write(self, tensor: int, position: int, start: int, bits: Array) -> None:
         """Set bits of a tensor's elements from `start` on, for the model at `position`."""

@@ -85,7 +85,7 @@ def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | P
 
 def _tasks(folder: Path) -> list[str]:
     beside = (folder / outputs.HEADS_FOLDER, folder / outputs.TASKS_FOLDER)
-    return sorted({path.name for place in beside if place.is_dir() for path in place.iterdir()})
+    return sorted({path.name for place in beside if place.is_dir() for path in place.iterdir() if path.is_dir()})
 
 
 Chosen = dict[str, tuple[Checkpoint, TensorEntry]]

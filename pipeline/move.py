@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline import outputs
-from mergepipe.pipeline.plan import Plan, Source
+from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.space import check_room, output_need
 from mergepipe.pipeline.stages import folders_read, moved_to
-from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.workspace import Workspace
 
 
@@ -50,20 +47,10 @@ def move_output(plan: Plan, workspace: Workspace, out: str | Path, *, restart: b
         )
     moved = moved_to(plan, target)
     outputs.check_folder(Path(target), folders_read(moved))
-    check_room([output_need(moved, _head_bytes(plan, workspace), handed_over=handed_over)])
+    check_room([output_need(moved, handed_over=handed_over)])
     if workspace.begun():
         if not finished:
             outputs.remove_work(plan)
         workspace.forget_progress()
     workspace.write_plan(moved.to_json())
     return moved
-
-
-def _head_bytes(plan: Plan, workspace: Workspace) -> Callable[[Source], int]:
-    """Bytes of a head that a model keeps for itself, from its chunk manifest."""
-
-    @cache
-    def manifest(number: int) -> ChunkManifest:
-        return ChunkManifest.load(workspace.manifest_file(number, plan.models[number].label))
-
-    return lambda source: int(manifest(source.model).arrays[source.name].lengths.sum())

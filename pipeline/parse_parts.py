@@ -15,7 +15,7 @@ from mergepipe.tasks.method import MergeMethod
 Entry = tuple[str, Mapping[str, Any], str]
 """Path in the recipe, entry and checkpoint of a model."""
 
-SOURCE_KEYS = ("model", "layer_range", "parameters")
+SOURCE_KEYS = ("model", "layer_range", "importance", "parameters")
 SLICE_KEYS = ("sources", "base_model", "merge_method", "parameters", "residual_weight")
 MODULE_KEYS = ("models", "slices", "base_model", "merge_method", "parameters")
 
@@ -170,7 +170,9 @@ class PartsParser(ValueParser):
         if parameters and model == base and scopes and scopes[0].method.base != "ignored":
             message = f"this is the base of {scopes[0].method.name}, no expert, and takes no parameters: drop them"
             self._fault(f"{path}.parameters", message)
-        return None if model is None else ModelSpec(model, parameters, layers)
+        raw_importance = raw.get("importance")
+        importance = None if raw_importance is None else self._reference(raw_importance, f"{path}.importance")
+        return None if model is None else ModelSpec(model, parameters, layers, importance)
 
     def _layer_range(self, raw: object, path: str) -> tuple[int, int] | None:
         numbers = list(raw) if isinstance(raw, list | tuple) else []

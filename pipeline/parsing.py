@@ -299,11 +299,13 @@ class RecipeParser(PartsParser):
             self._fault("$.scope", f"has no effect: {thinning} takes no threshold over the whole model")
         if recipe.sparsify is not None and own and all(scope.asked is None for scope in own.values()):
             self._fault("$.sparsify", "has no effect: every part of the recipe merges weights, not task vectors")
-        if scopes and not any(scope.method.importance for scope in scopes):
-            for index, spec in enumerate(recipe.models):
-                if spec.importance is not None:
-                    message = f"has no effect: {scopes[0].method.name} takes no importances (fisher does), leave it out"
-                    self._fault(f"$.models[{index}].importance", message)
+        rules_take_some = any(scope.method.importance for scope in scopes if scope.rule is not None)
+        for part in parts if not rules_take_some else ():
+            for index, spec in enumerate(part.recipe.models if part.path in own else ()):
+                if spec.importance is not None and not own[part.path].method.importance:
+                    method = own[part.path].method.name
+                    message = f"has no effect: {method} takes no importances (fisher does), leave it out"
+                    self._fault(f"{part.listing}[{index}].importance", message)
         checked = [part for part in parts if part.path in own]
         lacking = [{_last(*lack) for lack in own[part.path].lacking(part.recipe)} for part in checked]
         lacking_everywhere = set.intersection(*lacking) if lacking else set()
@@ -321,8 +323,6 @@ class RecipeParser(PartsParser):
 
     def _check_part(self, part: Part, scope: Scope, lacking_everywhere: set[tuple[str, str]]) -> None:
         method = scope.method
-        if part.path != "$" and method.masks is not None:
-            self._fault(part.path, f"{method.name} keeps masks over a whole model: it takes `models` at the top only")
         if part.sliced and method.base != "ignored" and part.base_model not in (None, *part.ranges):
             message = (
                 f"the base {part.base_model} is no source: {method.name} needs to know which of its layers; list it"

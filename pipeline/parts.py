@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from mergepipe.pipeline.recipe import ModelSpec, ModuleSpec, Parameters, Recipe, SliceSpec
+from mergepipe.pipeline.recipe import ModuleSpec, Parameters, Recipe, SliceSpec
 
 WHOLE = "$"
 """Path of a recipe's own part."""
@@ -67,6 +67,7 @@ def parts_of(recipe: Recipe) -> tuple[Part, ...]:
 
     Examples
     --------
+    >>> from mergepipe.pipeline.recipe import ModelSpec
     >>> a, b = ModelSpec("/a", layer_range=(0, 3)), ModelSpec("/b", layer_range=(1, 4))
     >>> parts = parts_of(Recipe("passthrough", (), slices=(SliceSpec((a,)), SliceSpec((b,)))))
     >>> [(part.path, part.first_layer, part.ranges, part.first, part.last) for part in parts]
@@ -107,7 +108,7 @@ def _stacked(
             merge_method=one.merge_method or recipe.merge_method,
             # A base that is no source has no layers here: only methods that look at none get along with that.
             base_model=base if base in ranges else None,
-            models=tuple(ModelSpec(spec.model, spec.parameters) for spec in one.sources),
+            models=tuple(replace(spec, layer_range=None) for spec in one.sources),
             parameters=one.parameters,
             outer=outer,
             slices=(),

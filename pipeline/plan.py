@@ -224,6 +224,8 @@ class Plan:
         The output folder, absolute.
     side : dict of str to tuple of Source
         Tensors kept beside the merge, by label of the model they come from.
+    side_bytes : int
+        Bytes of all of these.
     sidecar : int or None
         Number of the model whose configuration and tokenizer are copied; None for an output that is no model.
     dtype : str or None
@@ -271,6 +273,7 @@ class Plan:
     allowed: int
     chunk_bytes: int
     seed: int
+    side_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[Earlier, ...] = ()
     stem: str = "model"

@@ -108,6 +108,7 @@ def make_plan(
         metadata=metadata,
         output=str(output),
         side=side,
+        side_bytes=sum(opened[one.model].stored.tensors[one.name].nbytes for kept in side.values() for one in kept),
         sidecar=0,
         dtype=recipe.output_dtype,
         notes=(*recipe.notes, *_input_notes(opened), *beside.notes, *alignment.notes, *_idle_rules(recipe, tensors)),
@@ -292,10 +293,11 @@ def _plan_tensor(
     if base is not None and base.adjust and find_method(wanted.method).masks is not None:
         raise CheckpointError(
             f"'{tensor.name}': {wanted.method} keeps masks that need the base as it is stored, and "
-            f"'{checkpoints[base.model].reference}' has an adapter or scales: save it merged first"
+            f"'{checkpoints[base.model].reference}' has an adapter or scales. Make it in a document of its own before "
+            f"this one ({{name: whole, merge_method: passthrough, models: [{{model: …}}]}}), and take that as the base"
         )
     models = tuple(source(number) for number in tensor.models)
-    importances = tuple(source(number) for number in tensor.importances)
+    importances = tuple(_source(checkpoints, number, name) for number, name in tensor.importances)
     return PlannedTensor(
         tensor.name,
         tensor.shape,

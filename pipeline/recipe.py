@@ -201,9 +201,15 @@ class Recipe:
     @property
     def inputs(self) -> tuple[str, ...]:
         """All checkpoints that are read: the sources, then the importances of those models that have some."""
-        specs = [*self.models, *(spec for module in self.modules.values() for spec in module.models)]
-        importances = (spec.importance for spec in specs if spec.importance is not None)
+        importances = (spec.importance for spec in self.listed if spec.importance is not None)
         return tuple(dict.fromkeys([*self.sources, *importances]))
+
+    @property
+    def listed(self) -> tuple[ModelSpec, ...]:
+        """Every entry that says what is merged: of `models`, of the slices, of the modules and of their slices."""
+        slices = [*self.slices, *(one for module in self.modules.values() for one in module.slices)]
+        whole = [*self.models, *(spec for module in self.modules.values() for spec in module.models)]
+        return (*whole, *(spec for one in slices for spec in one.sources))
 
     @property
     def experts(self) -> tuple[ModelSpec, ...]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergepipe.errors import DiskFullError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.handover import SHARDS_OPEN
-from mergepipe.pipeline.masks import mask_bytes
-from mergepipe.pipeline.plan import Plan, PlannedTensor, Source
+from mergepipe.pipeline.masks import kept_base_bytes, mask_bytes
+from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.rounds import sweeps_ahead
 from mergepipe.storage.copied import held_bytes
 from mergepipe.storage.workspace import Workspace
@@ -74,20 +74,31 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def output_need(plan: Plan, head_bytes: Callable[[Source], int], *, handed_over: bool = False) -> Need:
+def beside_bytes(plan: Plan) -> int:
+    """What lies beside the weights, at the most: heads of models, masks of tasks, and what masks need of the base."""
+    heads = plan.side_bytes + HEAD_BYTES * sum(len(sources) for sources in plan.side.values())
+    return heads + sum(mask_bytes(plan).values()) + kept_base_bytes(plan)
+
+
+def disk_bytes(plan: Plan) -> int:
+    """All that a merge takes on disk from its beginning to its end: output, what is beside it, and its workspace."""
+    first = 0 if plan.first_stage is None else plan.first_stage.layout().nbytes
+    made = 0 if plan.vocabulary is None else plan.vocabulary.made_bytes
+    copies = sum(model.copied_bytes for model in plan.models)
+    return plan.layout().nbytes + first + beside_bytes(plan) + copies + made + all_statistics_bytes(plan)
+
+
+def output_need(plan: Plan, *, handed_over: bool = False) -> Need:
     """What the output folder will take beside what it holds already.
 
     Parameters
     ----------
     plan : Plan
-    head_bytes : callable
-        Bytes of a head that a model keeps for itself.
     handed_over : bool
         Whether complete files are handed over as they come: only a few take up space at once then.
     """
     sizes = sorted((shard.size for shard in plan.layout().shards), reverse=True)
-    beside = sum(head_bytes(source) + HEAD_BYTES for sources in plan.side.values() for source in sources)
-    total = sum(sizes[:SHARDS_OPEN] if handed_over else sizes) + beside + sum(mask_bytes(plan).values())
+    total = sum(sizes[:SHARDS_OPEN] if handed_over else sizes) + beside_bytes(plan)
     if plan.first_stage is not None:  # kept beside the output, whatever is handed over
         total += plan.first_stage.layout().nbytes - outputs.held_bytes(plan.first_stage)
     what = f"{SHARDS_OPEN} files of the output" if handed_over else "the output"
@@ -102,9 +113,13 @@ def copies_need(plan: Plan, workspace: Workspace) -> Need:
 
 def statistics_need(plan: Plan, workspace: Workspace) -> Need:
     """What the statistics will take, at the most, beside what is there of them."""
+    return Need(workspace.root, all_statistics_bytes(plan) - held_bytes(workspace.statistics), "the statistics")
+
+
+def all_statistics_bytes(plan: Plan) -> int:
+    """What the statistics of all tensors take, at the most."""
     ahead = sweeps_ahead(plan)
-    total = sum(statistics_bytes(tensor, plan.seed, ahead.get(tensor.name, ())) for tensor in plan.tensors)
-    return Need(workspace.root, total - held_bytes(workspace.statistics), "the statistics")
+    return sum(statistics_bytes(tensor, plan.seed, ahead.get(tensor.name, ())) for tensor in plan.tensors)
 
 
 def statistics_bytes(tensor: PlannedTensor, seed: int, ahead: Sequence[Reduction] = ()) -> int:

@@ -81,6 +81,7 @@ def _first(plan: Plan, chosen: Sequence[PlannedTensor], names: set[str]) -> Plan
         metadata=metadata,
         output=str(Path(plan.output) / CARRIED_FOLDER),
         side={},
+        side_bytes=0,
         config={},
         sidecar=None,
         dtype=None,

@@ -13,6 +13,7 @@ from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.memory import Ceiling
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.schedule import ScheduledTensor, schedule
+from mergepipe.pipeline.space import disk_bytes
 
 
 def scheduled(plan: Plan, workers: int | None = None) -> tuple[ScheduledTensor, ...]:
@@ -35,7 +36,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
         `parameters`, `methods` (tensors per method), `input_bytes` (one read of everything that is used), `sweeps`
         (reads of the tensor that is read most often), `requested_bytes` (asked for in all sweeps), `output_bytes`,
         `first_stage_bytes` (kept beside it for models to come), `shards`, `units`, `tasks`, `projected_bytes`,
-        `allowed_bytes`, `disk_bytes`, `notes`.
+        `allowed_bytes`, `disk_bytes` (output, heads and masks beside it, copies and statistics), `notes`.
     """
     layout = plan.layout()
     items, own = scheduled(plan), _of_stage(plan)
@@ -67,7 +68,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "tasks": sum(item.tasks for item in items),
         "projected_bytes": max((item.projected for item in items), default=0),
         "allowed_bytes": plan.allowed,
-        "disk_bytes": layout.nbytes + first + sum(model.copied_bytes for model in plan.models),
+        "disk_bytes": disk_bytes(plan),
         "notes": list(plan.notes),
     }
 

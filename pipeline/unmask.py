@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mergepipe.errors import CheckpointError, CheckpointNotFoundError, DamageError, InputChangedError, NonFiniteError
-from mergepipe.pipeline.masks import RESCALERS
+from mergepipe.pipeline.chain_plan import as_planned
+from mergepipe.pipeline.masks import BASE, BASE_ROWS, RESCALERS
 from mergepipe.pipeline.outputs import MANIFEST_NAME, TASKS_FOLDER
 from mergepipe.storage.bits import MASKS_NAME, unpack
 from mergepipe.storage.checkpoint import Checkpoint, TensorEntry, fingerprint, open_checkpoint
@@ -49,21 +50,27 @@ class TaskMask:
         header = read_header(self._path)
         try:
             self._factors: dict[str, float] = json.loads(header.metadata[RESCALERS])
+            below: dict[str, Any] = json.loads(header.metadata[BASE])
             self._places = {tensor.name: (header.data_start + tensor.start, tensor) for tensor in header.tensors}
         except (KeyError, ValueError) as error:
             raise DamageError(f"'{self._path}' holds no rescalers: it is not a mask file of mergepipe") from error
         self.merged = merged
-        self._base = self._find_base(Path(merged.root), base)
+        self._base = self._find_base(Path(merged.root), base, below["model"])
+        self._below = {name: (self._base, below["names"].get(name, name)) for name in self._places}
+        rows = self._path.parent.parent / BASE_ROWS
+        if rows.is_file():
+            kept = open_checkpoint(rows)
+            self._below |= {name: (kept, name) for name in self._below if name in kept.tensors}
         for name, (_, tensor) in self._places.items():
             self._check(name, tensor)
 
     @staticmethod
-    def _find_base(folder: Path, given: Path | None) -> Checkpoint:
+    def _find_base(folder: Path, given: Path | None, called: str) -> Checkpoint:
         if given is not None:
             return open_checkpoint(given)
         try:
             record = json.loads((folder / MANIFEST_NAME).read_bytes())
-            was = next(model for model in record["inputs"] if model["role"] == "base")
+            was = next(model for model in record["inputs"] if model["model"] == called)
             path, mark = str(was["path"]), was["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
             raise CheckpointNotFoundError(
@@ -73,19 +80,21 @@ class TaskMask:
             found = open_checkpoint(Path(path))
         except CheckpointNotFoundError as error:
             raise CheckpointNotFoundError(f"the base '{path}' is gone: say where it is now with --base") from error
-        if fingerprint(found) != mark:
+        # A base that an earlier merge of the same recipe has made is known by that merge's plan.
+        if mark not in (fingerprint(found), fingerprint(as_planned(found))):
             raise InputChangedError(
                 f"the base '{path}' changed since the merge was made: bring it back, or name a copy of it with --base"
             )
         return found
 
     def _check(self, name: str, mask: HeaderTensor) -> None:
-        own, below = self.merged.tensors.get(name), self._base.tensors.get(name)
+        own, (base, called) = self.merged.tensors.get(name), self._below[name]
+        below = base.tensors.get(called)
         if own is None or name not in self._factors or mask.shape != (-(-math.prod(own.shape) // 8),):
             raise DamageError(f"the mask of '{name}' in '{self._path}' belongs to another merge")
         if below is None or below.shape != own.shape:
             raise CheckpointError(
-                f"the base '{self._base.root}' has no '{name}' of shape {own.shape}: name the right one with --base"
+                f"the base '{base.root}' has no '{called}' of shape {own.shape}: name the right one with --base"
             )
 
     def __contains__(self, name: str) -> bool:
@@ -94,10 +103,11 @@ class TaskMask:
 
     def values(self, name: str, start: int, count: int, reader: Reader) -> npt.NDArray[Any]:
         """Stored bits of the task's elements from `start` on, in the dtype of the merge; a new array."""
-        own, below = self.merged.tensors[name], self._base.tensors[name]
+        own, (of, called) = self.merged.tensors[name], self._below[name]
+        below = of.tensors[called]
         work = np.dtype("f8") if "F64" in (own.dtype, below.dtype) else np.dtype("f4")
         base, tau = np.empty(count, work), np.empty(count, work)
-        self._decode(self._base, below, start, base, None, reader)
+        self._decode(of, below, start, base, None, reader)
         self._decode(self.merged, own, start, tau, base, reader)
         first, last = start // 8, -(-(start + count) // 8)
         with reader.window([Segment(str(self._path), self._places[name][0] + first, last - first)], last=True) as raw:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.errors import CheckpointError, Fault, RecipeError
+from mergepipe.errors import CheckpointError, Fault, RecipeError, TensorMismatchError
 from mergepipe.pipeline.tokenizer_keys import TokenizerSpec, TokenSource
 from mergepipe.pipeline.tokenizers import (
     MergedVocabulary,
@@ -74,12 +74,12 @@ class Gather:
     Attributes
     ----------
     model : int
-        Position in `Recipe.sources`.
+        Position in `Recipe.inputs`.
     name : str
     axis : int
         The axis of the rows; all axes before it have length 1.
     row_map : RowMap
-        Its sources are positions in `Recipe.sources`, and one past the last of them for the rows that are made.
+        Its sources are positions in `Recipe.inputs`, and one past the last of them for the rows that are made.
     made : MadeRows
     tokens : int
         How many of its rows are no padding.
@@ -106,6 +106,8 @@ class Vocabulary:
     merged : MergedVocabulary
     own : tuple of Tokenizer or None
         The tokenizer of each source.
+    inputs : int
+        How many checkpoints are read: what row maps call the rows that are made.
     rows : int
         Rows of every vocabulary-indexed tensor of the output, padding included.
     gathers : tuple of Gather
@@ -117,6 +119,7 @@ class Vocabulary:
 
     merged: MergedVocabulary
     own: tuple[Tokenizer | None, ...]
+    inputs: int
     rows: int
     gathers: tuple[Gather, ...]
     sizes: tuple[str, ...]
@@ -140,14 +143,14 @@ def merge_vocabularies(
     ----------
     recipe : Recipe
     checkpoints : sequence of Checkpoint
-        One per entry of `recipe.sources`. Headers, configurations and tokenizer files are looked at.
+        One per entry of `recipe.inputs`. Headers, configurations and tokenizer files are looked at.
     staged : mapping of str to Path, optional
         For models that are yet to be made, where their other files are.
 
     Raises
     ------
     RecipeError
-        If a token is to be taken from a place that does not exist.
+        If a token is to be taken from a place that does not exist, or importances stand for two vocabularies.
     CheckpointError
         If a tokenizer is missing or can't be used, or no tensor has a row per token.
     UsageError
@@ -185,9 +188,12 @@ class _Deciding:
         self.staged = staged
         self.spec = spec
         self.paths = recipe.sources
-        self.checkpoints = checkpoints
+        self.inputs = recipe.inputs
+        self.checkpoints = checkpoints[: len(self.paths)]
+        self.read = checkpoints
+        self.listed = recipe.listed
         self.has_base = recipe.base_model is not None
-        self.names = vocabulary_tensors(checkpoints)
+        self.names = vocabulary_tensors(self.checkpoints)
         if not self.names:
             raise CheckpointError(
                 f"no tensor of '{self.paths[0]}' has one row per token (`vocab_size` in its config.json, or an "
@@ -195,7 +201,7 @@ class _Deciding:
             )
         self.notes: dict[str, None] = {}
         # A model of a hub, or one with an adapter, has its files in another place than its name says.
-        folders = [staged.get(path) or one.root for path, one in zip(self.paths, checkpoints, strict=True)]
+        folders = [staged.get(path) or one.root for path, one in zip(self.paths, self.checkpoints, strict=True)]
         self.tokenizers = [read_tokenizer(path, at) for path, at in zip(self.paths, folders, strict=True)]
 
     def decide(self) -> Vocabulary:
@@ -213,16 +219,18 @@ class _Deciding:
                     gather = self._gather(model, name, axis, rows)
                     if not gather.row_map.is_identity(model, checkpoint.tensors[name].shape[axis]):
                         gathers.append(gather)
+        gathers += self._importances(rows)
         self._note_rows(merged, rows, gathers)
         self._refuse_unmade(gathers)
         sizes = tuple(key for key in vocabulary_sizes(self.checkpoints[0]) if key)
-        return Vocabulary(merged, tuple(self.tokenizers), rows, tuple(gathers), sizes, tuple(self.notes))
+        inputs = len(self.inputs)
+        return Vocabulary(merged, tuple(self.tokenizers), inputs, rows, tuple(gathers), sizes, tuple(self.notes))
 
     def _refuse_unmade(self, gathers: Sequence[Gather]) -> None:
         """Rows are made by `build`, which can't look into a model that does not exist yet."""
         unmade = [path for path in self.paths if path in self.staged]
         for gather in gathers:
-            if gather.made.count and any(self.paths[peer] in unmade for peer in gather.made.peers):
+            if gather.made.count and any(self.inputs[peer] in unmade for peer in gather.made.peers):
                 message = (
                     f"rows of '{gather.name}' have to be made from '{unmade[0]}', which this recipe makes itself: give "
                     f"the merge that makes it the same `tokenizer_source`, and `pad_to_multiple_of` to the last one's "
@@ -312,10 +320,47 @@ class _Deciding:
         # Bytes can be taken over as they are from models of the same type only.
         same = np.array([entries[number].dtype == entries[model].dtype for number in peers])
         sources, firsts, wanted = _resolve(own, self._lent(peers, has), peers.index(model), same)
-        made = len(self.paths)
+        made = len(self.inputs)
         sources = np.append(np.array([*peers, made])[sources], np.full(rows - len(sources), made))
         firsts = np.append(firsts, np.full(rows - len(firsts), len(wanted)))
         return Gather(model, name, axis, RowMap.of(sources, firsts), MadeRows(peers, wanted, rows > len(own)), len(own))
+
+    def _importances(self, rows: int) -> list[Gather]:
+        """The tables of importances, with the rows of their models: zeros where a model has no row of its own."""
+        faults: list[Fault] = []
+        found = []
+        for number, path in enumerate(self.inputs[len(self.paths) :], start=len(self.paths)):
+            models = [self.paths.index(spec.model) for spec in self.listed if spec.importance == path]
+            if any(not np.array_equal(self.ids[model], self.ids[models[0]]) for model in models):
+                message = f"the importances '{path}' stand beside models of different vocabularies: give each its own"
+                faults.append(Fault("$.tokenizer_source", message))
+                continue
+            for name, axis in self.names.items():
+                gather = self._importance(number, models[0], name, axis, rows)
+                if gather is not None:
+                    found.append(gather)
+        if faults:
+            raise RecipeError(faults)
+        return found
+
+    def _importance(self, number: int, model: int, name: str, axis: int, rows: int) -> Gather | None:
+        """One table of them; None where there is none, or its rows are those of the merge as they lie."""
+        entry, own = self.read[number].tensors.get(name), self.checkpoints[model].tensors.get(name)
+        if entry is None or own is None:
+            return None
+        if entry.shape != own.shape:
+            raise TensorMismatchError(
+                f"'{name}' is {own.shape} in '{self.paths[model]}' but {entry.shape} of its importances "
+                f"'{self.inputs[number]}': compute them for the model as it is"
+            )
+        firsts = np.append(self._known(model, own.shape[axis]), np.full(rows - self.ids.shape[1], NOBODY))
+        lacks = firsts == NOBODY
+        # What a model has no row for it has no say in: where nobody has, the weights decide.
+        zeros = np.full((int(lacks.any()), 1), NOBODY)
+        row_map = RowMap.of(np.where(lacks, len(self.inputs), number), np.where(lacks, 0, firsts))
+        if row_map.is_identity(number, own.shape[axis]):
+            return None
+        return Gather(number, name, axis, row_map, MadeRows((number,), zeros, False), rows)
 
     def _known(self, model: int, rows: int) -> I64:
         """For each id of the merge the row of a model's tensor, which may have fewer rows than there are tokens."""

@@ -68,7 +68,7 @@ class PlannedVocabulary:
     made_bytes : int
         Bytes of all rows that are made, on disk.
     models : int
-        Number that row maps have for the made rows: one past the last model.
+        Number that row maps have for the made rows: one past the last checkpoint that is read.
     """
 
     tokens: int
@@ -102,7 +102,7 @@ def planned_vocabulary(vocabulary: Vocabulary, checkpoints: Sequence[Checkpoint]
     held = sum(row_map.nbytes for row_map in maps.values())
     tokens = len(vocabulary.merged.ids)
     return PlannedVocabulary(
-        tokens, vocabulary.rows, tuple(gathers), digest.hexdigest()[:32], held, made_bytes, len(vocabulary.own)
+        tokens, vocabulary.rows, tuple(gathers), digest.hexdigest()[:32], held, made_bytes, vocabulary.inputs
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ from mergepipe.pipeline.memory import MIB
 from mergepipe.pipeline.summary import scheduled
 from support import reference_more
 from support.checkpoints import Family, load, read_tensors, write_family
+from support.vocabularies import TABLES, byte_tokenizer, expected_rows, write_model
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +156,127 @@ def test_what_the_recipe_must_say(recipe: dict[str, Any], tmp_path: Path) -> Non
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     found = check(tmp_path / "r.yaml", tmp_path / "work", out=tmp_path / "merged").faults
     assert [(one.where, "has no effect" in one.message) for one in found] == [("$.models[0].importance", True)]
+
+
+def write_importances(folder: Path, model: Path, seed: int) -> Path:
+    """Importances of a model, float32, most of them small."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.rand(value.shape, generator=generator) ** 8 for name, value in read_tensors(model).items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_importances_of_slices_are_those_of_the_layers_taken(family: Family, tmp_path: Path) -> None:
+    """Other layers of each model meet in a slice; importances are found by the names that the model has."""
+    a, b = family.experts
+    f = [write_importances(tmp_path / f"f{number}", model, number) for number, model in enumerate((a, b))]
+    ranges = [[(0, 1), (1, 2)], [(0, 2), (0, 2)]]
+    slices = [
+        {
+            "sources": [
+                {"model": str(model), "importance": str(own), "layer_range": list(taken)}
+                for model, own, taken in zip((a, b), f, row, strict=True)
+            ]
+        }
+        for row in ranges
+    ]
+    build({"merge_method": "fisher", "slices": slices, "out_dtype": "float32"}, tmp_path)
+    out = Path(mergepipe.run(tmp_path / "work").output)
+    made = read_tensors(out)
+    sides = [{name: t.double().numpy() for name, t in read_tensors(one).items()} for one in (a, b, *f)]
+    names = {0: (0, 1), 1: (0, 0), 2: (1, 1)}
+    assert {int(name.split(".")[2]) for name in made if ".layers." in name} == {0, 1, 2}
+    for name, value in made.items():
+        called = [name, name]
+        if ".layers." in name:
+            prefix, _, rest = name.partition(".layers.")
+            number, _, rest = rest.partition(".")
+            called = [f"{prefix}.layers.{old}.{rest}" for old in names[int(number)]]
+        x, y, fx, fy = (side[which] for side, which in zip(sides, called * 2, strict=True))
+        expected = reference_more.fisher(None, [x, y], [fx, fy], [1, 1])
+        np.testing.assert_allclose(value.numpy(), expected, rtol=3e-7, atol=1e-9, err_msg=name)
+    _, info = load(out, "llama")
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_slices_say_what_importances_lack(family: Family, tmp_path: Path) -> None:
+    a, b = family.experts
+    f = [write_importances(tmp_path / f"f{number}", model, number) for number, model in enumerate((a, b))]
+    tensors = load_file(f[1] / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, f[1] / "model.safetensors")
+    sources = [
+        {"model": str(model), "importance": str(own), "layer_range": taken}
+        for model, own, taken in ((a, f[0], [0, 1]), (b, f[1], [1, 2]))
+    ]
+    with pytest.raises(errors.TensorMismatchError, match=r"'model.layers.1.mlp.up_proj.weight' is not among"):
+        build({"merge_method": "fisher", "slices": [{"sources": sources}]}, tmp_path)
+    del sources[1]["importance"]
+    with pytest.raises(errors.RecipeError, match=r"slices\[0\].sources\[1\].importance"):
+        build({"merge_method": "fisher", "slices": [{"sources": sources}]}, tmp_path)
+    with pytest.raises(errors.RecipeError, match=r"slices\[0\].sources\[0\].importance: has no effect"):
+        build({"merge_method": "linear", "parameters": {"weight": 1}, "slices": [{"sources": sources}]}, tmp_path)
+
+
+@pytest.mark.parametrize("based", [False, True])
+def test_a_model_without_a_token_has_no_say_about_its_row(based: bool, tmp_path: Path) -> None:
+    """Over a union: own rows count as the model's importances say, lent ones for nothing; padding by the weights."""
+    plain = ["ab", "cd"]
+    models = [
+        write_model(tmp_path / "base", byte_tokenizer(plain), 0),
+        write_model(tmp_path / "chat", byte_tokenizer(plain, {"<chat>": True, "<tool>": False}), 1),
+        write_model(tmp_path / "more", byte_tokenizer(plain, {"<x>": True, "<tool>": False}), 2),
+    ]
+    f = [write_importances(tmp_path / f"f{n}", model.folder, n) for n, model in enumerate(models[1:])]
+    document: dict[str, Any] = {
+        "merge_method": "fisher",
+        "models": [
+            {"model": str(model.folder), "importance": str(own), "parameters": {"weight": weight}}
+            for model, own, weight in zip(models[1:], f, (1, 2), strict=True)
+        ],
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 8},
+    }
+    if based:
+        document["base_model"] = str(models[0].folder)
+    read = models if based else models[1:]
+    build(document, tmp_path)
+    out = Path(mergepipe.run(tmp_path / "work").output)
+    made = read_tensors(out)
+    ids = transformers.AutoTokenizer.from_pretrained(out).get_vocab()
+    for table in TABLES:
+        rows = [expected_rows(ids, read, table, which, base=0 if based else None) for which in range(len(read))]
+        counted = []
+        for model, folder in zip(models[1:], f, strict=True):
+            own = read_tensors(folder)[table].double().numpy()
+            counted.append(np.zeros_like(rows[0]))
+            for token in model.vocab:
+                counted[-1][ids[token]] = own[model.vocab[token]]
+        base = rows.pop(0) if based else None
+        expected = reference_more.fisher(base, rows, counted, [1, 2])
+        found = made[table].numpy()
+        assert len(found) % 8 == 0
+        np.testing.assert_allclose(found[: len(expected)], expected, rtol=3e-7, atol=1e-6, err_msg=table)
+        padding = (rows[0].mean(0) + 2 * rows[1].mean(0)) / 3
+        assert np.allclose(found[len(expected) :], padding, rtol=1e-6, atol=1e-6)
+    only = ids["<x>"]
+    assert np.array_equal(made[TABLES[0]][only], models[2].tables[TABLES[0]][models[2].vocab["<x>"]].astype("f4"))
+
+
+def test_importances_of_another_size_than_their_model(tmp_path: Path) -> None:
+    models = [
+        write_model(tmp_path / "a", byte_tokenizer(["ab"]), 0),
+        write_model(tmp_path / "b", byte_tokenizer(["ab"], {"<x>": True}), 1),
+    ]
+    f = [write_importances(tmp_path / f"f{n}", models[0].folder, n) for n in (0, 1)]
+    document: dict[str, Any] = {
+        "merge_method": "fisher",
+        "models": [{"model": str(m.folder), "importance": str(i)} for m, i in zip(models, f, strict=True)],
+        "tokenizer_source": "union",
+    }
+    with pytest.raises(errors.TensorMismatchError, match=r"of its importances .*f1"):
+        build(document, tmp_path)
+    document["models"][1]["importance"] = document["models"][0]["importance"]
+    with pytest.raises(errors.RecipeError, match="models of different vocabularies"):
+        build(document, tmp_path)

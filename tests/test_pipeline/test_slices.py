@@ -186,11 +186,6 @@ def test_faults_inside_modules_have_their_paths() -> None:
     }
 
 
-def test_masks_are_kept_over_whole_models_only() -> None:
-    pair = one(source("a", 0, 2), source("b", 0, 2))
-    assert "masks" in faults(pair, merge_method="emr_unified", base_model="a")["$.slices[0]"]
-
-
 def test_a_sparsifier_that_no_part_can_use() -> None:
     pair = one(source("a", 0, 2), source("b", 0, 2), merge_method="linear", parameters={"weight": 1})
     found = faults(pair, merge_method="ties", base_model="a", sparsify={"method": "random", "density": 0.5})

@@ -20,8 +20,8 @@ from mergepipe.errors import DiskFullError
 from mergepipe.pipeline.events import Event, RunStarted
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.space import Need, check_room, mask_bytes, output_need, statistics_need
+from mergepipe.pipeline.summary import summarize
 from mergepipe.storage.copied import held_bytes
-from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.workspace import Workspace
 from support.jobs import build_job, write_job
 
@@ -64,8 +64,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def need(job: Path) -> Need:
     workspace = Workspace(job / "work")
     plan = Plan.from_json(workspace.read_plan())
-    manifests = [ChunkManifest.load(workspace.manifest_file(n, model.label)) for n, model in enumerate(plan.models)]
-    return output_need(plan, lambda source: int(manifests[source.model].arrays[source.name].lengths.sum()))
+    return output_need(plan)
 
 
 def beside(job: Path) -> list[Path]:
@@ -86,6 +85,9 @@ def test_needs_on_one_disk_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_lies_beside_the_weights_is_counted_and_allocated(job: Path) -> None:
     told = need(job).nbytes
+    plan = Plan.from_json(Workspace(job / "work").read_plan())
+    statistics = statistics_need(plan, Workspace(job / "work")).nbytes
+    assert summarize(plan)["disk_bytes"] == told + statistics > plan.layout().nbytes + statistics
     allocated: list[int] = []
     ballast: list[int] = []
 

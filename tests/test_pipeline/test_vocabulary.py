@@ -369,13 +369,6 @@ def test_a_row_that_is_averaged_must_be_finite(models: list[Model], tmp_path: Pa
         build(tmp_path / "job", recipe([models[0], models[1], bad], models[0], tokenizer_source="union"))
 
 
-def test_masks_over_another_vocabulary_are_refused(models: list[Model], tmp_path: Path) -> None:
-    document = recipe(models, models[0], tokenizer_source="union") | {"merge_method": "emr_unified"}
-    document["models"] = [{"model": entry["model"]} for entry in document["models"]]
-    with pytest.raises(RecipeError, match="keeps masks over the base's own rows"):
-        build(tmp_path, document)
-
-
 def test_other_tokens_at_the_same_ids_are_told(models: list[Model], tmp_path: Path) -> None:
     """Tables of one size merge by position where the recipe says nothing of tokenizers, but not in silence."""
     rng = np.random.default_rng(0)
