@@ -1,8 +1,6 @@
 """``python -m mergepipe`` is the command ``mergepipe``."""
 
-import sys
-
-from mergepipe.cli.main import main
+from mergepipe.cli.main import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

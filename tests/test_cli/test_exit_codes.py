@@ -140,3 +140,14 @@ def test_v_logs(
     assert logging.getLevelName(log.level) == level
     log.warning("heard")
     assert "heard" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_ends_at_once_and_whole() -> None:
+    code = (
+        "import atexit, sys; from mergepipe.cli.main import start; "
+        "atexit.register(print, 'taken apart'); sys.argv = ['mergepipe', 'init', '--method', 'thais']; "
+        "print('told', end=''); start()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "told")
+    assert result.stderr.startswith("Usage: ") or result.stderr.startswith("error: ")
