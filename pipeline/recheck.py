@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -82,9 +83,12 @@ def check(
 
 
 def _sealed_intact(progress: Progress, number: int, shard: ShardLayout, folder: Path, mode: str) -> bool:
-    """Whether a complete shard is there: still as `.part`, which is the newer one if both are there, or renamed."""
+    """Whether a complete shard is there: still as `.part`, which is the newer one if both are there, or renamed.
+
+    It may go while it is looked at: a killed run leaves behind the command that takes its shard over.
+    """
     for path in (folder / f"{shard.file}.part", folder / shard.file):
-        if path.is_file():
+        with contextlib.suppress(FileNotFoundError):
             return path.stat().st_size == shard.size and (
                 mode == "none" or matches(path, progress.sealed[number], mode)
             )

@@ -107,7 +107,8 @@ class Shards:
     def start(self) -> None:
         """Go on with what earlier runs left to do after the last tensor of a shard."""
         left = sorted(self._progress.sealed.keys() - self._progress.handed)
-        self._unfinished.update(left)
+        begun = {self.shard_of(tensor) for tensor in self._progress.written} - self._progress.sealed.keys()
+        self._unfinished.update(left, begun)
         for number in left:
             self._sealer.submit(self._hand_over, number)
         for number in [number for number, count in self._open_tensors.items() if count == 0]:
@@ -122,13 +123,20 @@ class Shards:
         return self.shard_of(tensor) in self._progress.sealed
 
     def make_room(self, tensor: int) -> None:
-        """Wait until the tensor's shard may be opened: each one takes up its whole size on disk."""
+        """Wait until the tensor's shard may be opened: each one takes up its whole size on disk.
+
+        It waits for shards before it alone, as their tensors come before its own.
+        """
         shard = self.shard_of(tensor)
-        while self._on_shard is not None and shard not in self._writers and len(self._unfinished) >= SHARDS_OPEN:
+        while self._on_shard is not None and shard not in self._writers and self._before(shard) >= SHARDS_OPEN:
             self._drivers.check_stop()
             time.sleep(0.02)
         self._drivers.check_stop()
         self._writer(shard)
+
+    def _before(self, shard: int) -> int:
+        """How many unfinished shards are before this one."""
+        return sum(other < shard for other in self._unfinished.copy())
 
     def sink(self, tensor: int) -> Sink:
         """Where the units of a tensor are written to."""

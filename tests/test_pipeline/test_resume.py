@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +22,15 @@ from hypothesis import strategies as st
 import mergepipe
 from mergepipe.cli.main import main
 from mergepipe.errors import HandOverError, Interrupted, InTheWayError, OutputExistsError, UsageError, WorkspaceError
-from mergepipe.pipeline.events import Event, Note, UnitFinished
+from mergepipe.pipeline import recheck
+from mergepipe.pipeline.events import Event, Note, TensorFinished, UnitFinished
 from mergepipe.pipeline.plan import PlannedTensor, Source
 from mergepipe.pipeline.resume import Progress, Written, decode_state, encode_state, gaps, merged, remaining
 from mergepipe.pipeline.schedule import ScheduledTensor
+from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.verify import verify
 from mergepipe.storage.journal import read_journal
+from mergepipe.storage.writer import SealedShard
 from mergepipe.tasks.method import block_bounds, block_count
 from support.jobs import LARGER, build_job, hashes, write_job
 
@@ -352,6 +356,56 @@ def test_shards_are_handed_over_one_by_one(tmp_path: Path) -> None:
         assert shard["sha256"] == hashes(away)[shard["file"]]
     assert not verify(tmp_path / "merged", full=True).damage
     assert len(expected) == 4
+
+
+def test_shards_left_unsealed_count_among_those_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that died before it sealed three shards leaves them on disk: the next opens no fourth beside them."""
+    write_job(tmp_path, shapes=LARGER)
+    work = build_job(tmp_path, shard_size="2MB")
+    stop = threading.Event()
+    made = []
+
+    def stop_after_three(event: Event) -> None:
+        if isinstance(event, TensorFinished) and "norm" not in event.name:
+            made.append(event.name)
+            if len(made) == 3:
+                stop.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "_seal", lambda self, shard: None)
+        with pytest.raises(Interrupted):
+            mergepipe.run(work, workers=1, stop=stop, on_event=stop_after_three, on_shard="true {path}")
+    assert len(list((tmp_path / "merged").glob("*.part"))) == 3
+    most, seal = 0, Shards._seal_now
+
+    def late(self: Shards, number: int) -> SealedShard:
+        nonlocal most
+        time.sleep(0.2 if number < 2 else 0)
+        most = max(most, len(list((tmp_path / "merged").glob("*.part"))))
+        return seal(self, number)
+
+    monkeypatch.setattr(Shards, "_seal_now", late)
+    mergepipe.run(work, on_shard="rm {path}")
+    assert most == 3
+
+
+def test_a_shard_that_is_taken_away_while_it_is_checked_is_made_again(
+    job: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed leaves its command behind, which may move the shard while the next run reads it."""
+    with pytest.raises(HandOverError):
+        mergepipe.run(job / "work", on_shard="false {path}")
+    believed, gone = recheck.matches, []
+
+    def take_away(path: Path, *rest: Any) -> bool:
+        path.unlink()
+        gone.append(path.name)
+        return believed(path, *rest)
+
+    monkeypatch.setattr(recheck, "matches", take_away)
+    mergepipe.run(job / "work")
+    assert gone, "a shard was complete"
+    assert hashes(job / "merged") == expected
 
 
 def test_a_single_file_is_handed_over_last(tmp_path: Path) -> None:
