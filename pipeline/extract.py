@@ -32,6 +32,7 @@ from mergepipe.pipeline.lora import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Part, 
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, MIB, RESERVED_BYTES, TORCH_BYTES, parse_bytes
 from mergepipe.pipeline.models import open_all
+from mergepipe.pipeline.patterns import compile_pattern
 from mergepipe.pipeline.space import Need, check_room
 from mergepipe.pipeline.spool import Kept, Spool, Wanted
 from mergepipe.storage.atomic import no_room_errors, write_atomic
@@ -153,9 +154,9 @@ def _check_wanted(wanted: Wanted) -> None:
         raise UsageError(f"'{wanted.dtype}' is no type that weights are written in: use {', '.join(MERGED_ALIASES)}")
     for pattern in (*wanted.include, *wanted.exclude, *wanted.save):
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UsageError(f"'{pattern}' is no regular expression: {error}") from error
+            compile_pattern(pattern)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def _choose(base: Checkpoint, other: Checkpoint, wanted: Wanted) -> list[Part]:

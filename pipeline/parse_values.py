@@ -7,11 +7,11 @@ made or the lot of them raised.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mergepipe.errors import Fault
+from mergepipe.pipeline.patterns import compile_pattern
 from mergepipe.pipeline.recipe import Parameters
 from mergepipe.pipeline.scope import Scope
 from mergepipe.pipeline.values import MISSING, Filtered, FilterEntry, Gradient, Missing, Scalar, ValueSpec
@@ -167,7 +167,7 @@ class ValueParser:
             self._fault(path, f"expected a regular expression, to be found in tensor names, found {raw!r}")
             return ""
         try:
-            re.compile(raw)
-        except (re.error, RecursionError, OverflowError) as error:
-            self._fault(path, f"{raw!r} is no regular expression: {error}")
+            compile_pattern(raw)
+        except ValueError as error:
+            self._fault(path, str(error))
         return raw

@@ -224,7 +224,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"r": 5}, r"has rank 4, the rank in adapter_config\.json is 5"),
         ({"lora_alpha": "x"}, "lora_alpha .* is 'x'"),
         ({"rank_pattern": {"(a+)+": 1}}, "may take for ever"),
-        ({"rank_pattern": {"(": 1}}, "is no pattern"),
+        ({"rank_pattern": {"(": 1}}, "is no regular expression"),
     ],
     ids=str,
 )

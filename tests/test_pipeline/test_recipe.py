@@ -252,6 +252,7 @@ def test_a_slice_without_sources_is_one_fault() -> None:
         ({"dtype": "bf16"}, "$.dtype", "bfloat16"),
         ({"dtype": "int64"}, "$.dtype", "float"),
         ({"rules": [{"match": "("}]}, "$.rules[0].match", "regular expression"),
+        ({"rules": [{"match": "^(([a-z.0-9_])+)+!$"}]}, "$.rules[0].match", "may take for ever"),
         ({"rules": [{"merge_method": "linear"}]}, "$.rules[0].match", "regular expression"),
         ({"rules": [{"match": "x", "merge_method": "slirp"}]}, "$.rules[0].merge_method", "'slerp'"),
         ({"rules": [{"match": "x", "parameters": {"t": 1}}]}, "$.rules[0].parameters.t", "no parameter of ties"),
