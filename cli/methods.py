@@ -65,6 +65,8 @@ def describe(declared: MergeMethod | Sparsifier) -> dict[str, Any]:
         "sweeps": [sweep.name for sweep in declared.reductions(sample_job(declared))] + ["apply"],
         "paper": {"title": declared.paper.title, "url": declared.paper.url} if declared.paper else None,
         "specification": declared.specification,
+        "known": list(declared.known),
+        "chosen": list(declared.chosen),
     }
     if isinstance(declared, MergeMethod):
         entry |= {
@@ -74,8 +76,6 @@ def describe(declared: MergeMethod | Sparsifier) -> dict[str, Any]:
             "trim": declared.trim,
             "importance": declared.importance,
             "takes": declared.takes,
-            "known": list(declared.known),
-            "chosen": list(declared.chosen),
         }
     return entry
 
@@ -152,7 +152,7 @@ def _print_details(entry: dict[str, Any]) -> None:
         click.echo(f"paper          {entry['paper']['title']}, {entry['paper']['url']}")
     click.echo(f"specification  {entry['specification']}")
     for heading in ("known", "chosen"):
-        for line in entry.get(heading, ()):
+        for line in entry[heading]:
             click.echo(f"  {heading:7} {line}")
     if entry["parameters"]:
         click.echo("\nparameters")

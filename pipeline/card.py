@@ -9,6 +9,8 @@ import yaml
 
 from mergepipe.pipeline.plan import Plan
 from mergepipe.storage.checkpoint import CONFIG
+from mergepipe.tasks.method import MergeMethod, Sparsifier
+from mergepipe.tasks.registry import SPARSIFIERS
 from mergepipe.tasks.registry import method as find_method
 
 CARRIED = """# Merged task vectors
@@ -37,10 +39,11 @@ def model_card(plan: Plan) -> str:
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# A merge", ""]
     lines += [f"Made by [mergepipe](https://pypi.org/project/mergepipe/) {plan.version} with {method.title}.", ""]
     lines += ["## Method", "", method.summary]
-    if method.specification != "published":
+    for name, declared in reconstructions(plan).items():
+        which = "This" if name == method.name else f"`{name}`, which it uses,"
         lines += [
             "",
-            f"This is a reconstruction, `{method.specification}`: it does not claim to be the authors' method.",
+            f"{which} is a reconstruction, `{declared.specification}`: it does not claim to be the authors' method.",
         ]
     if method.paper is not None:
         lines += ["", f"Paper: [{method.paper.title}]({method.paper.url})"]
@@ -51,3 +54,11 @@ def model_card(plan: Plan) -> str:
     lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True).strip()]
     lines += ["```", ""]
     return "\n".join(lines)
+
+
+def reconstructions(plan: Plan) -> dict[str, MergeMethod | Sparsifier]:
+    """The methods and sparsifiers of a plan whose specification is ours, by name, in alphabetical order."""
+    merged = [tensor for stage in plan.stages for tensor in stage.tensors if tensor.action == "merge"]
+    used: dict[str, MergeMethod | Sparsifier] = {name: find_method(name) for name in {t.method for t in merged}}
+    used |= {name: SPARSIFIERS[name] for name in {t.sparsify for t in merged} & SPARSIFIERS.keys()}
+    return {name: declared for name, declared in sorted(used.items()) if declared.specification != "published"}

@@ -8,7 +8,6 @@ id in it, as it would have the headers of files.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from mergepipe.errors import BudgetError, CheckpointError, CheckpointNotFoundErr
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.faults import Faults
 from mergepipe.pipeline.plan import Earlier, Plan
+from mergepipe.pipeline.records import read_record
 from mergepipe.storage.checkpoint import Checkpoint, FileInfo, TensorEntry
 
 
@@ -52,8 +52,8 @@ def made_checkpoint(plan: Plan, config: Mapping[str, Any]) -> Checkpoint:
 def as_planned(checkpoint: Checkpoint) -> Checkpoint:
     """A made merge as it was known before it was made, so that it has the same fingerprint; others as they are."""
     try:
-        name = json.loads((checkpoint.root / outputs.MANIFEST_NAME).read_bytes())["plan"]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = read_record(checkpoint.root)["plan"]
+    except ValueError:
         return checkpoint
     files = (FileInfo(info.path, info.size, 0, 0, f"plan {name}") for info in checkpoint.files)
     return replace(checkpoint, files=tuple(files))

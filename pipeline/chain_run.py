@@ -19,6 +19,7 @@ from mergepipe.pipeline.chain_plan import is_whole
 from mergepipe.pipeline.events import Announcer, Note
 from mergepipe.pipeline.models import open_model
 from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.records import MANIFEST_NAME
 from mergepipe.pipeline.schedule import ceiling_of
 from mergepipe.storage.manifest import virtual_manifest
 from mergepipe.storage.virtual import kerchunk_references
@@ -88,7 +89,7 @@ def _forget_manifests(output: str, readers: list[tuple[Workspace, Plan]]) -> Non
 
 def _drop(workspace: Workspace, plan: Plan) -> None:
     """Forget a merge that was made and has lost files since."""
-    (Path(plan.output) / outputs.MANIFEST_NAME).unlink()
+    (Path(plan.output) / MANIFEST_NAME).unlink()
     outputs.remove_work(plan)
     workspace.forget_progress()
 

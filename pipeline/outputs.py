@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from mergepipe.errors import OutputExistsError
-from mergepipe.pipeline.card import model_card
+from mergepipe.pipeline.card import model_card, reconstructions
 from mergepipe.pipeline.measure import Meter
 from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.records import MANIFEST_NAME, read_record
 from mergepipe.storage import copied
 from mergepipe.storage.atomic import temporary_of, write_atomic
 from mergepipe.storage.layout import INDEX_NAME
 from mergepipe.storage.writer import READ_BACK_BYTES, SealedShard, publish_part
 
-MANIFEST_NAME = "mergepipe_manifest.json"
 HEADS_FOLDER = "heads"
 TASKS_FOLDER = "tasks"
 CARRIED_FOLDER = "opcm"
@@ -235,6 +235,10 @@ def manifest(
         "mergepipe": plan.version,
         "plan": plan.id,
         "method": plan.recipe["merge_method"],
+        "reconstructions": {
+            name: {"specification": used.specification, "known": list(used.known), "chosen": list(used.chosen)}
+            for name, used in reconstructions(plan).items()
+        },
         "recipe": plan.recipe,
         "inputs": [
             {"model": model.public, "path": model.path, "role": model.role, "fingerprint": model.fingerprint}
@@ -319,7 +323,7 @@ def finished(plan: Plan) -> dict[str, Any] | None:
     folder = Path(plan.output)
     last = folder / (INDEX_NAME if len(plan.groups) > 1 else f"{plan.stem}.safetensors")
     try:
-        record: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_bytes())
-    except (OSError, ValueError):
+        record = read_record(folder)
+    except ValueError:
         return None
-    return record if record.get("plan") == plan.id and last.exists() else None
+    return record if record["plan"] == plan.id and last.exists() else None

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from mergepipe.errors import CheckpointError, CheckpointNotFoundError, DamageError, InputChangedError, NonFiniteError
 from mergepipe.pipeline.chain_plan import as_planned
 from mergepipe.pipeline.masks import BASE, BASE_ROWS, RESCALERS
-from mergepipe.pipeline.outputs import MANIFEST_NAME, TASKS_FOLDER
+from mergepipe.pipeline.outputs import TASKS_FOLDER
+from mergepipe.pipeline.records import MANIFEST_NAME, read_record
 from mergepipe.storage.bits import MASKS_NAME, unpack
 from mergepipe.storage.checkpoint import Checkpoint, TensorEntry, fingerprint, open_checkpoint
 from mergepipe.storage.dtypes import DTYPES
@@ -69,10 +70,10 @@ class TaskMask:
         if given is not None:
             return open_checkpoint(given)
         try:
-            record = json.loads((folder / MANIFEST_NAME).read_bytes())
+            record = read_record(folder)
             was = next(model for model in record["inputs"] if model["model"] == called)
             path, mark = str(was["path"]), was["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise CheckpointNotFoundError(
                 f"'{folder / MANIFEST_NAME}' does not say what the base of the merge was: name it with --base"
             ) from error

@@ -5,7 +5,6 @@ By default sizes, headers, the index and a sample of the contents are looked at,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,10 @@ import numpy as np
 from mergepipe.errors import CheckpointNotFoundError, DamageError, MergepipeError
 from mergepipe.pipeline import outputs, recheck
 from mergepipe.pipeline.plan import Plan, PlannedModel
+from mergepipe.pipeline.records import MANIFEST_NAME, read_record
 from mergepipe.pipeline.resume import Progress
 from mergepipe.storage.checked import is_whole_file
+from mergepipe.storage.checkpoint import read_index
 from mergepipe.storage.header import Header, read_header
 from mergepipe.storage.journal import parse
 from mergepipe.storage.layout import INDEX_NAME
@@ -113,15 +114,13 @@ def verify(path: str | Path = ".mergepipe", *, full: bool = False) -> Report:
         If it is neither.
     """
     folder = Path(path)
-    if (folder / outputs.MANIFEST_NAME).is_file():
+    if (folder / MANIFEST_NAME).is_file():
         report = Report(str(folder), "output", full)
         _check_output(folder, report)
         return report
     workspace = Workspace(folder)
     if not workspace.plan_file.is_file():
-        raise CheckpointNotFoundError(
-            f"'{folder}' is neither an output (no {outputs.MANIFEST_NAME}) nor a workspace (no plan)"
-        )
+        raise CheckpointNotFoundError(f"'{folder}' is neither an output (no {MANIFEST_NAME}) nor a workspace (no plan)")
     report = Report(str(folder), "workspace", full)
     for name in workspace.earlier():
         _check_workspace(workspace.merge(name), report)
@@ -130,11 +129,14 @@ def verify(path: str | Path = ".mergepipe", *, full: bool = False) -> Report:
 
 
 def _check_output(folder: Path, report: Report) -> None:
-    record = _json(folder / outputs.MANIFEST_NAME, report)
-    if record is None:
+    report.files += 1
+    try:
+        record = read_record(folder)
+    except ValueError as error:
+        report.damage.append(Damage(str(folder / MANIFEST_NAME), str(error)))
         return
     names: dict[str, str] = {}
-    for shard in record.get("shards", ()):
+    for shard in record["shards"]:
         path = folder / shard["file"]
         if not path.is_file():
             if shard.get("handed_over"):
@@ -143,10 +145,10 @@ def _check_output(folder: Path, report: Report) -> None:
                 report.damage.append(Damage(str(path), "is missing"))
             continue
         names |= dict.fromkeys(_check_shard(path, shard, report), shard["file"])
-    if len(record.get("shards", ())) > 1:
+    if len(record["shards"]) > 1:
         _check_index(folder / INDEX_NAME, names, record, report)
     kept = folder / outputs.CARRIED_FOLDER
-    if (kept / outputs.MANIFEST_NAME).is_file():  # removed where no model is to be added any more
+    if (kept / MANIFEST_NAME).is_file():  # removed where no model is to be added any more
         _check_output(kept, report)
 
 
@@ -190,31 +192,18 @@ def _tensors(header: Header | None, start: int, stop: int) -> tuple[str, ...]:
 
 
 def _check_index(path: Path, names: dict[str, str], record: dict[str, Any], report: Report) -> None:
-    index = _json(path, report)
-    if index is None:
+    report.files += 1
+    try:
+        found = read_index(path)
+    except MergepipeError as error:
+        report.damage.append(Damage(str(path), str(error)))
         return
-    found = index.get("weight_map", {})
     there = {shard["file"] for shard in record["shards"] if (path.parent / shard["file"]).is_file()}
     for name in sorted(names.keys() - found.keys()):
         report.damage.append(Damage(str(path), f"does not list '{name}', which '{names[name]}' holds", (name,)))
     for name, file in sorted(found.items()):
         if file in there and names.get(name, file) != file:
             report.damage.append(Damage(str(path), f"says '{file}' holds '{name}', '{names[name]}' does", (name,)))
-
-
-def _json(path: Path, report: Report) -> dict[str, Any] | None:
-    report.files += 1
-    try:
-        value = json.loads(path.read_bytes())
-        if isinstance(value, dict):
-            return value
-    except FileNotFoundError:
-        report.damage.append(Damage(str(path), "is missing"))
-        return None
-    except (ValueError, RecursionError):
-        pass
-    report.damage.append(Damage(str(path), "is no JSON object"))
-    return None
 
 
 def _check_workspace(workspace: Workspace, report: Report) -> None:

@@ -262,12 +262,25 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"'{path}': 'weight_map' is missing, empty, or not a map from tensor to file")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name in {"", ".", ".."} or not name.isprintable() or set(name) & set("/\\"):
+        if not is_file_name(name):
             raise CheckpointError(
                 f"'{path}': tensor {tensor[:200]!r} is said to be in {name!r}; "
                 "expected the bare name of a file in the same folder"
             )
     return weight_map
+
+
+def is_file_name(value: object) -> bool:
+    """Whether a value from a file that anybody may have written is the bare name of a file.
+
+    Examples
+    --------
+    >>> is_file_name("model-00001-of-00002.safetensors"), is_file_name("../model.safetensors"), is_file_name(None)
+    (True, False, False)
+    """
+    return (
+        isinstance(value, str) and value not in {"", ".", ".."} and value.isprintable() and not set(value) & set("/\\")
+    )
 
 
 def _check_index(

@@ -159,8 +159,12 @@ def test_methods_tells_all_about_one(name: str, capsys: Output) -> None:
     out = capsys.readouterr().out
     assert declared.summary in out
     assert declared.specification in out
+    for line in (*declared.known, *declared.chosen):
+        assert line in out
     for parameter in declared.parameters:
         assert f"  {parameter.name} (" in out
         assert parameter.expected in out
     assert main(["methods", name, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["sweeps"][-1] == "apply"
+    told = json.loads(capsys.readouterr().out)
+    assert told["sweeps"][-1] == "apply"
+    assert (told["known"], told["chosen"]) == (list(declared.known), list(declared.chosen))

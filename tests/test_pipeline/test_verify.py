@@ -134,3 +134,43 @@ def test_a_sample_has_both_ends() -> None:
     chosen = list(_chosen(1000, full=False))
     assert (chosen[0], chosen[-1], len(chosen)) == (0, 999, 16)
     assert len(list(_chosen(1000, full=True))) == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "no JSON object"),
+        ("null", "no JSON object"),
+        ("[" * 100_000, "no JSON object"),
+        ("{}", "which plan"),
+        ('{"plan": "1"}', "lists no files"),
+        ('{"plan": "1", "shards": {"file": "a"}}', "lists no files"),
+        ('{"plan": "1", "shards": ["a"]}', "names no file"),
+        ('{"plan": "1", "shards": [{"file": "../../etc/passwd"}]}', "names no file"),
+        ('{"plan": "1", "shards": [{"file": "a", "bytes": -1}]}', "no size"),
+        ('{"plan": "1", "shards": [{"file": "a", "bytes": 9, "crc32c_bytes": 4, "crc32c": [1, 2]}]}', "one checksum"),
+    ],
+)
+def test_a_manifest_is_proved_before_it_is_believed(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path)
+    mergepipe.run(build_job(tmp_path))
+    (tmp_path / "merged" / "mergepipe_manifest.json").write_text(text)
+    assert main(["verify", str(tmp_path / "merged"), "--full"]) == 7
+    assert said in capsys.readouterr().err
+    for command in (["verify", str(tmp_path / "work")], ["status", "-w", str(tmp_path / "work")]):
+        assert main(command) in (0, 6, 7)
+    assert main(["run", "-w", str(tmp_path / "work"), "--quiet"]) != 1
+
+
+def test_an_index_of_other_folders_is_damage(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = job / "merged" / "model.safetensors.index.json"
+    whole = index.read_text()
+    try:
+        for text in ('{"weight_map": []}', '{"weight_map": {"a": "../b"}}', "7"):
+            index.write_text(text)
+            assert main(["verify", str(job / "merged")]) == 7
+            assert index.name in capsys.readouterr().err
+    finally:
+        index.write_text(whole)

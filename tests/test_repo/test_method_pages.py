@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import mergepipe
+from mergepipe.tasks.method import MergeMethod, Sparsifier
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 from support.whole import family, write
 
@@ -53,6 +54,7 @@ def test_every_method_has_its_page(name: str) -> None:
         assert word in page.lower(), f"the page of {name} says nothing of '{word}'"
     specification = METHODS[name].specification
     assert specification == "published" or specification in page
+    assert_lists_are_there(METHODS[name], page)
     named = {parameter.name for parameter in METHODS[name].parameters if not parameter.without_effect}
     listed = page.partition("**Parameters**")[2].partition("\n* **How sure**")[0]
     others = {p.name for entry in (METHODS, SPARSIFIERS) for m in entry.values() for p in m.parameters} - named
@@ -68,6 +70,14 @@ def test_every_sparsifier_has_its_page(name: str) -> None:
     assert "```yaml" in page
     assert f"sparsify: {name}\n" in page or f"sparsify: {{method: {name}," in page
     assert SPARSIFIERS[name].specification == "published" or SPARSIFIERS[name].specification in page
+    assert_lists_are_there(SPARSIFIERS[name], page)
+
+
+def assert_lists_are_there(declared: MergeMethod | Sparsifier, page: str) -> None:
+    """What is known of the original of a reconstruction, and what is our choice; nothing of what is published."""
+    assert bool(declared.known) == bool(declared.chosen) == (declared.specification != "published")
+    missing = [line for line in (*declared.known, *declared.chosen) if f"- {line}\n" not in page]
+    assert not missing
 
 
 RECIPES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
