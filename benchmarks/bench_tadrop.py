@@ -40,7 +40,7 @@ class Thinned(Merge):
             None if row is None else np.zeros((self.job.blocks, *row)),
         )
         stored = getattr(reduction, "stored", no_stored)(self.job, self.state)
-        if stored is None or not stored(self.streams, collected.counts):
+        if stored is None or not self.by_units(stored, collected.counts):
             for index in range(self.job.blocks):
                 reduction.update(self.job, self.state, collected, self._tile(index))
         self.found = reduction.combine(self.job, self.state, collected)
@@ -48,8 +48,8 @@ class Thinned(Merge):
     def merge(self) -> None:
         """The kernel, from bits to bits if it can."""
         stored = self.method.stored(self.job, self.state)
-        if stored is None or not stored(self.streams, self.out):
-            self.apply()
+        if stored is None or not self.by_units(stored, self.out):
+            self.apply_tiles()
 
 
 @click.command()

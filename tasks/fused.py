@@ -2,7 +2,8 @@
 
 The general way decodes a block of every model into a tile, works on the tile and encodes what comes out: three trips
 through memory, and a few calls per block. For the one case that is most of all merges, the loops here take a whole unit
-and go through it in strips that stay in the first-level cache. They do the same operations in the same order as
+and go through it once, all in registers; for more than :data:`AT_ONCE` models the compiler no longer manages that, and
+they go in strips that stay in the first-level cache. They do the same operations in the same order as
 :mod:`mergepipe.tasks.convert`, :mod:`mergepipe.tasks.select` and :mod:`mergepipe.tasks.kernels`, and give the same
 bits; the tests hold them to it.
 
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.jit import inlined, kernel
 from mergepipe.tasks.method import Array
 
 Rows = tuple[Array, ...]
@@ -31,6 +32,12 @@ STRIP = 2048
 PIECE = STRIP // 8
 """Elements of a strip that are taken as a sample."""
 
+TOO_LARGE = 0x7F7F8000
+"""Bits of magnitudes from which on all rounds to an infinity, is one or is NaN, and is for the general way."""
+
+AT_ONCE = 5
+"""Most models whose deltas one loop takes at once: with more it is not vectorised, and 20 times slower."""
+
 FINE_BINS = 1 << 16
 
 ODD = 1 << 40
@@ -39,7 +46,7 @@ any number of elements."""
 
 
 def strips(models: int) -> Rows:
-    """Working memory for a call of :func:`agree`, :func:`add` or :func:`weigh`."""
+    """Working memory for a call of :func:`agree_in_strips` or :func:`add_in_strips`."""
     return tuple(np.empty((models, STRIP), np.float32))
 
 
@@ -81,10 +88,9 @@ def _encode(values: Array, out: Array) -> Any:
     for i in range(out.size):
         bits = np.float32(values[i]).view(np.int32)
         magnitude = np.int32(bits & 0x7FFFFFFF)
-        # Everything from here on rounds to an infinity, is one or is NaN: all of it is for the general way.
         worst = max(worst, magnitude)
         out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    return np.int32(worst >= 0x7F7F8000)
+    return np.int32(worst >= TOO_LARGE)
 
 
 @kernel
@@ -172,8 +178,6 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     bool
         As :func:`count_top`.
     """
-    below = np.empty(STRIP, np.float32)
-    keys = np.empty(STRIP, np.int32)
     # Eight marks are looked at as one word, and most words are zero. Marks behind the end stay so.
     marks = np.zeros(STRIP, np.uint8)
     words = marks.view(np.int64)
@@ -182,38 +186,48 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
         stop = min(start + STRIP, base.size)
         if stop - start < STRIP:
             marks[stop - start :] = 0
-        worst = max(worst, _decode(base[start:stop], below))
+        below = base[start:stop]
         for k in range(len(rows)):
-            worst = max(worst, _keys(rows[k][start:stop], below, keys))
+            row = rows[k][start:stop]
             for r in range(lows.shape[1]):
                 if lows[k, r] >= 0:
                     low, width = np.int32(lows[k, r]), np.int32(FINE_BINS << shifts[k, r])
-                    lower = _mark(keys[: stop - start], low, width, marks)
+                    peak, lower = _mark(below, row, low, width, marks)
+                    worst = max(worst, peak)
                     if counts.shape[2] > FINE_BINS:
                         counts[k, r, FINE_BINS] += lower
-                    _count_marked(keys, marks, words, low, shifts[k, r], counts[k, r])
+                    _count_marked(below, row, marks, words, low, shifts[k, r], counts[k, r])
     return bool(worst < 0x7F80)
 
 
+@inlined
+def _key(base: Any, bits: Any) -> Any:
+    """Bits of the magnitude of a delta."""
+    delta = np.float32(np.int32(bits << 16).view(np.float32) - np.int32(base << 16).view(np.float32))
+    return np.int32(delta.view(np.int32) & 0x7FFFFFFF)
+
+
 @kernel
-def _mark(keys: Array, low: Any, width: Any, marks: Array) -> Any:
-    """Mark the keys inside a window; how many lie below it."""
-    below = np.int32(0)
-    for i in range(keys.size):
-        place = np.int32(keys[i] - low)
+def _mark(base: Array, row: Array, low: Any, width: Any, marks: Array) -> Any:
+    """Mark the deltas inside a window; the largest magnitude that is stored, and how many deltas lie below it."""
+    worst, below = np.int32(0), np.int32(0)
+    for i in range(base.size):
+        stored, own = np.int32(base[i]), np.int32(row[i])
+        worst = max(worst, max(np.int32(stored & 0x7FFF), np.int32(own & 0x7FFF)))
+        place = np.int32(_key(stored, own) - low)
         below += np.int32(place < 0)
         marks[i] = np.uint8((place >= 0) & (place < width))
-    return below
+    return worst, below
 
 
 @kernel
-def _count_marked(keys: Array, marks: Array, words: Array, low: Any, shift: int, counts: Array) -> None:
+def _count_marked(base: Array, row: Array, marks: Array, words: Array, low: Any, shift: int, counts: Array) -> None:
     within = np.int32((1 << shift) - 1)
     for word in range(words.size):
         if words[word] != 0:
             for i in range(8 * word, 8 * word + 8):
                 if marks[i]:
-                    place = np.int32(keys[i] - low)
+                    place = np.int32(_key(np.int32(base[i]), np.int32(row[i])) - low)
                     at = np.uintp(place >> shift)
                     odd = ((place & within) != 0) & (counts[at] < ODD)
                     counts[at] += np.int64(1) + (np.int64(odd) << 40)
@@ -221,6 +235,117 @@ def _count_marked(keys: Array, marks: Array, words: Array, low: Any, shift: int,
 
 @kernel
 def agree(
+    base: Array,
+    rows: Rows,
+    weights: Scalars,
+    least: Scalars,
+    factors: Scalars | None,
+    normalize: bool,
+    scale: float,
+    out: Array,
+) -> bool:
+    """As :func:`mergepipe.tasks.kernels.agree_few`, from bits to bits, for up to :data:`AT_ONCE` models.
+
+    Parameters
+    ----------
+    base, rows, out : uint16 ndarray, shape (n,)
+    factors : tuple of float, or None
+        None where all are 1.
+    weights, least, normalize, scale
+        As for the other.
+
+    Returns
+    -------
+    bool
+        False if a stored value is not finite, or a result does not fit; `out` is of no use then.
+    """
+    zero, one, factor = np.float32(0), np.float32(1), np.float32(scale)
+    worst, over = np.int32(0), np.int32(0)
+    for i in range(out.size):
+        # What is not 32 bits wide from the start halves the elements per instruction.
+        stored = np.int32(base[i])
+        below = np.int32(stored << 16).view(np.float32)
+        # One maximum per element and then one over them: more at once do not vectorise.
+        peak = np.int32(stored & 0x7FFF)
+        vote = zero
+        for k in range(len(rows)):
+            own = np.int32(rows[k][i])
+            peak = max(peak, np.int32(own & 0x7FFF))
+            value = np.int32(own << 16).view(np.float32) - below
+            thinned = value if factors is None else np.float32(factors[k]) * value
+            term = np.float32(weights[k]) * thinned
+            vote = vote + term if abs(value) >= np.float32(least[k]) else vote
+        elected = one if vote >= zero else -one
+        total, agreeing = zero, zero
+        for k in range(len(rows)):
+            value = np.int32(np.int32(rows[k][i]) << 16).view(np.float32) - below
+            thinned = value if factors is None else np.float32(factors[k]) * value
+            term = np.float32(weights[k]) * thinned
+            agrees = (abs(value) >= np.float32(least[k])) & (term * elected > zero)
+            total = total + term if agrees else total
+            agreeing = agreeing + np.float32(weights[k]) if agrees else agreeing
+        divisor = agreeing if (agreeing != zero) & normalize else one
+        bits = np.float32(below + factor * (total / divisor)).view(np.int32)
+        worst = max(worst, peak)
+        over = max(over, np.int32(bits & 0x7FFFFFFF))
+        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return bool((worst < 0x7F80) & (over < TOO_LARGE))
+
+
+@kernel
+def add(
+    base: Array,
+    rows: Rows,
+    weights: Scalars,
+    least: Scalars,
+    factors: Scalars | None,
+    divisor: float,
+    scale: float,
+    out: Array,
+) -> bool:
+    """As :func:`mergepipe.tasks.kernels.add_few`, from bits to bits; parameters and result as for :func:`agree`."""
+    zero, whole, factor = np.float32(0), np.float32(divisor), np.float32(scale)
+    divides = whole != np.float32(1)
+    worst, over = np.int32(0), np.int32(0)
+    for i in range(out.size):
+        stored = np.int32(base[i])
+        below = np.int32(stored << 16).view(np.float32)
+        peak = np.int32(stored & 0x7FFF)
+        total = zero
+        for k in range(len(rows)):
+            own = np.int32(rows[k][i])
+            peak = max(peak, np.int32(own & 0x7FFF))
+            value = np.int32(own << 16).view(np.float32) - below
+            thinned = value if factors is None else np.float32(factors[k]) * value
+            total = total + np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else total
+        bits = np.float32(below + factor * (total / whole if divides else total)).view(np.int32)
+        worst = max(worst, peak)
+        over = max(over, np.int32(bits & 0x7FFFFFFF))
+        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return bool((worst < 0x7F80) & (over < TOO_LARGE))
+
+
+@kernel
+def weigh(rows: Rows, weights: Scalars, divisor: float, out: Array) -> bool:
+    """As :func:`mergepipe.tasks.kernels.sum_few`, from bits to bits; parameters and result as for :func:`agree`.
+
+    What is not finite makes a result that is not, at a weight of 0, too: the inputs need no look of their own.
+    """
+    whole = np.float32(divisor)
+    divides = whole != np.float32(1)
+    over = np.int32(0)
+    for i in range(out.size):
+        total = np.float32(weights[0]) * np.int32(np.int32(rows[0][i]) << 16).view(np.float32)
+        for k in range(1, len(rows)):
+            total += np.float32(weights[k]) * np.int32(np.int32(rows[k][i]) << 16).view(np.float32)
+        bits = np.float32(total / whole if divides else total).view(np.int32)
+        over = max(over, np.int32(bits & 0x7FFFFFFF))
+        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return bool(over < TOO_LARGE)
+
+
+@kernel
+def agree_in_strips(
     base: Array,
     rows: Rows,
     strips: Rows,
@@ -231,21 +356,7 @@ def agree(
     scale: float,
     out: Array,
 ) -> bool:
-    """As :func:`mergepipe.tasks.kernels.agree_few`, from bits to bits.
-
-    Parameters
-    ----------
-    base, rows, out : uint16 ndarray, shape (n,)
-    strips : tuple of float32 ndarray, shape (STRIP,), one per model
-        Overwritten.
-    weights, least, factors, normalize, scale
-        As for the other.
-
-    Returns
-    -------
-    bool
-        False if a stored value is not finite, or a result does not fit; `out` is of no use then.
-    """
+    """As :func:`agree`, for more models; `strips`, shape (STRIP,) each, one per model, are overwritten."""
     below = np.empty(STRIP, np.float32)
     merged = np.empty(STRIP, np.float32)
     worst, over = np.int32(0), np.int32(0)
@@ -292,7 +403,7 @@ def _agree(
 
 
 @kernel
-def add(
+def add_in_strips(
     base: Array,
     rows: Rows,
     strips: Rows,
@@ -303,7 +414,7 @@ def add(
     scale: float,
     out: Array,
 ) -> bool:
-    """As :func:`mergepipe.tasks.kernels.add_few`, from bits to bits; parameters and result as for :func:`agree`."""
+    """As :func:`add`, for more models; `strips` as of :func:`agree_in_strips`."""
     below = np.empty(STRIP, np.float32)
     merged = np.empty(STRIP, np.float32)
     worst, over = np.int32(0), np.int32(0)
@@ -336,27 +447,3 @@ def _add(
             thinned = np.float32(factors[k]) * value
             total += np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else zero
         out[i] = base[i] + factor * (total / whole)
-
-
-@kernel
-def weigh(rows: Rows, strips: Rows, weights: Scalars, divisor: float, out: Array) -> bool:
-    """As :func:`mergepipe.tasks.kernels.sum_few`, from bits to bits; parameters and result as for :func:`agree`."""
-    merged = np.empty(STRIP, np.float32)
-    worst, over = np.int32(0), np.int32(0)
-    for start in range(0, out.size, STRIP):
-        stop = min(start + STRIP, out.size)
-        for k in range(len(rows)):
-            worst = max(worst, _decode(rows[k][start:stop], strips[k]))
-        _weigh(strips, weights, divisor, merged[: stop - start])
-        over |= _encode(merged, out[start:stop])
-    return bool((worst < 0x7F80) & (over == 0))
-
-
-@kernel
-def _weigh(rows: Rows, weights: Scalars, divisor: float, out: Array) -> None:
-    whole = np.float32(divisor)
-    for i in range(out.size):
-        total = np.float32(weights[0]) * rows[0][i]
-        for k in range(1, len(rows)):
-            total += np.float32(weights[k]) * rows[k][i]
-        out[i] = total / whole

@@ -120,10 +120,16 @@ def stored(job: Job, state: State) -> StoredKernel | None:
     weights = tuple(float(params["weight"]) for params in job.model_params)
 
     def run(rows: Sequence[Array], out: Array) -> bool:
-        base, models, strips = rows[0], tuple(rows[1:]), fused.strips(job.models)
+        base, models = rows[0], tuple(rows[1:])
+        if job.models > fused.AT_ONCE:
+            strips = fused.strips(job.models)
+            if consensus == "sum":
+                return fused.agree_in_strips(base, models, strips, weights, least, factors, normalized, scale, out)
+            return fused.add_in_strips(base, models, strips, weights, least, factors, _divisor(job), scale, out)
+        scales = None if set(factors) == {1.0} else factors
         if consensus == "sum":
-            return fused.agree(base, models, strips, weights, least, factors, normalized, scale, out)
-        return fused.add(base, models, strips, weights, least, factors, _divisor(job), scale, out)
+            return fused.agree(base, models, weights, least, scales, normalized, scale, out)
+        return fused.add(base, models, weights, least, scales, _divisor(job), scale, out)
 
     return run
 

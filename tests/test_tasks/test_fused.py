@@ -18,7 +18,7 @@ from support.drive import load_tile, make_job
 U16 = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
 
-MODELS = st.sampled_from([1, 3, 8])
+MODELS = st.sampled_from([1, 3, 5, 8])
 SIZES = st.sampled_from([1, 3, 63, 64, 65, 2047, 2048, 2049, 6151])
 
 
@@ -107,16 +107,28 @@ def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool)
     below, values = deltas(base, rows)
     merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
     strips = fused.strips(models)
+    given = [factors]
+    if seed % 2:
+        factors, given = (1.0,) * models, [(1.0,) * models, None]
 
     kernels.agree_few(below, tuple(values), weights, least, factors, normalize, 0.7, merged)
     convert.encode(merged, "BF16", expected)
-    assert fused.agree(base, rows, strips, weights, least, factors, normalize, 0.7, found)
+    assert fused.agree_in_strips(base, rows, strips, weights, least, factors, normalize, 0.7, found)
     np.testing.assert_array_equal(found, expected)
+    for scales in given:
+        found.fill(1)
+        assert fused.agree(base, rows, weights, least, scales, normalize, 0.7, found)
+        np.testing.assert_array_equal(found, expected)
 
-    kernels.add_few(below, tuple(values), weights, least, factors, 1.3, 0.7, merged)
-    convert.encode(merged, "BF16", expected)
-    assert fused.add(base, rows, strips, weights, least, factors, 1.3, 0.7, found)
-    np.testing.assert_array_equal(found, expected)
+    for divisor in (1.0, 1.3):
+        kernels.add_few(below, tuple(values), weights, least, factors, divisor, 0.7, merged)
+        convert.encode(merged, "BF16", expected)
+        assert fused.add_in_strips(base, rows, strips, weights, least, factors, divisor, 0.7, found)
+        np.testing.assert_array_equal(found, expected)
+        for scales in given:
+            found.fill(1)
+            assert fused.add(base, rows, weights, least, scales, divisor, 0.7, found)
+            np.testing.assert_array_equal(found, expected)
 
 
 @given(SIZES, MODELS, st.integers(0, 1000))
@@ -127,10 +139,11 @@ def test_weighing(size: int, models: int, seed: int) -> None:
     for row, out in zip(rows, values, strict=True):
         convert.decode(row, "BF16", out)
     merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
-    kernels.sum_few(tuple(values), weights, 1.1, merged)
-    convert.encode(merged, "BF16", expected)
-    assert fused.weigh(rows, fused.strips(models), weights, 1.1, found)
-    np.testing.assert_array_equal(found, expected)
+    for divisor in (1.0, 1.1):
+        kernels.sum_few(tuple(values), weights, divisor, merged)
+        convert.encode(merged, "BF16", expected)
+        assert fused.weigh(rows, weights, divisor, found)
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("sparsify", [{"method": "magnitude", "density": 0.3}, {"method": "tadrop"}])
@@ -174,16 +187,21 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
     assert not fused.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
     zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
     assert not fused.count_near(base, rows, zero, zero, counts)
-    assert not fused.agree(base, rows, strips, weights, zeros, ones, True, 1.0, out)
-    assert not fused.add(base, rows, strips, weights, zeros, ones, 1.0, 1.0, out)
-    assert fused.weigh(rows, strips, weights, 1.0, out) == (model < 0)
+    assert not fused.agree(base, rows, weights, zeros, ones, True, 1.0, out)
+    assert not fused.add(base, rows, weights, zeros, None, 1.0, 1.0, out)
+    assert not fused.agree_in_strips(base, rows, strips, weights, zeros, ones, True, 1.0, out)
+    assert not fused.add_in_strips(base, rows, strips, weights, zeros, ones, 1.0, 1.0, out)
+    for divisor in (1.0, 2.0, np.inf):
+        assert fused.weigh(rows, weights, divisor, out) == (model < 0)
 
 
 def test_what_does_not_fit_is_not_done() -> None:
     base, large = as_bits([0.0]), as_bits([3e38])
     out, strips = np.empty(1, np.uint16), fused.strips(2)
     ones, zeros = (1.0, 1.0), (0.0, 0.0)
-    assert not fused.weigh((large, large), strips, ones, 1.0, out)
-    assert not fused.agree(base, (large, large), strips, ones, zeros, ones, False, 1.0, out)
-    assert not fused.add(base, (large, large), strips, ones, zeros, ones, 1.0, 1.0, out)
-    assert fused.weigh((large, large), strips, (0.5, 0.5), 1.0, out)
+    assert not fused.weigh((large, large), ones, 1.0, out)
+    assert not fused.agree(base, (large, large), ones, zeros, ones, False, 1.0, out)
+    assert not fused.add(base, (large, large), ones, zeros, None, 1.0, 1.0, out)
+    assert not fused.agree_in_strips(base, (large, large), strips, ones, zeros, ones, False, 1.0, out)
+    assert not fused.add_in_strips(base, (large, large), strips, ones, zeros, ones, 1.0, 1.0, out)
+    assert fused.weigh((large, large), (0.5, 0.5), 1.0, out)
