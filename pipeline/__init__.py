@@ -12,7 +12,8 @@ modules falls into :mod:`~mergepipe.pipeline.parts`, each a plain recipe over vi
 (:mod:`~mergepipe.pipeline.stacking`); layers and towers are told by their names (:mod:`~mergepipe.pipeline.towers`).
 Where vocabularies differ, :mod:`~mergepipe.pipeline.vocabulary` says which row of which model stands for which token.
 :mod:`~mergepipe.pipeline.align` lines the models' tensors up from their headers, :mod:`~mergepipe.pipeline.planning`
-makes a plan of that, :mod:`~mergepipe.pipeline.build` checks its memory, its disk space
+makes a plan of that (looking once at tensors of one kind, :mod:`~mergepipe.pipeline.kinds`),
+:mod:`~mergepipe.pipeline.build` checks its memory, its disk space
 (:mod:`~mergepipe.pipeline.space`) and what is in its way, and :mod:`~mergepipe.pipeline.stores` puts it into a
 workspace. From there graphs and the run follow. A recipe of several documents is a
 :mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will have made

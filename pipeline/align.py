@@ -278,6 +278,8 @@ class _Aligner:
         self.left_out = 0
         self.problems: dict[str, list[str]] = {}
         self.refused = False
+        self.experts: dict[int, tuple[int, ...]] = {}
+        """What `_experts` has found, by identity of the rule that applies."""
         self.strangers = self._strangers()
         self.everyone = [i for i in range(len(self.checkpoints)) if i not in self.strangers]
         self.names = list(dict.fromkeys(name for i in self.everyone for name in self.checkpoints[i].tensors))
@@ -395,9 +397,11 @@ class _Aligner:
         self.noted.setdefault(reason, []).append(name)
 
     def _experts(self, name: str) -> tuple[int, ...]:
-        specs: tuple[ModelSpec, ...] = self.recipe.experts_for(name)
-        positions = {path: index for index, path in enumerate(self.recipe.sources)}
-        return tuple(positions[spec.model] for spec in specs)
+        rule = self.recipe.rule_for(name)
+        if id(rule) not in self.experts:
+            specs: tuple[ModelSpec, ...] = self.recipe.experts_for(name)
+            self.experts[id(rule)] = tuple(self.recipe.sources.index(spec.model) for spec in specs)
+        return self.experts[id(rule)]
 
     def _is_scaled(self, name: str) -> bool:
         rule = self.recipe.rule_for(name)

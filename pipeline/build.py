@@ -31,6 +31,7 @@ from mergepipe.pipeline.chain_plan import collected, is_whole, made_checkpoint, 
 from mergepipe.pipeline.events import Announcer, Listener, Note
 from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.handover import SHARDS_OPEN
+from mergepipe.pipeline.kinds import of_each_kind
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.masks import check_masks
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
@@ -47,6 +48,7 @@ from mergepipe.pipeline.vocabulary import Vocabulary, merge_vocabularies, refuse
 from mergepipe.pipeline.vocabulary_rows import planned_vocabulary
 from mergepipe.storage.atomic import fsync_path
 from mergepipe.storage.checkpoint import Checkpoint
+from mergepipe.storage.collector import paused_collector
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.tasks.registry import method as find_method
 
@@ -153,10 +155,14 @@ def build(
     RecipeError, CheckpointError, BudgetError, InTheWayError
         If anything is wrong; no work has been done then.
     """
-    announce = Announcer(on_event)
     order = Order(recipe, work, out, memory, workers, store, chunk_size, shard_size, tuple(overrides), force, tensors)
+    with paused_collector():
+        return _build(order, Announcer(on_event))
+
+
+def _build(order: Order, announce: Announcer) -> Plan:
     examined = examine(order, FIRST, announce)
-    planned, abandoned, root = examined.planned, examined.abandoned, Workspace(Path(work))
+    planned, abandoned, root = examined.planned, examined.abandoned, Workspace(Path(order.work))
     root.create()
     with WorkspaceLock(root):
         # First goes the plan that reads what now changes, last comes the one that reads it all.
@@ -425,7 +431,7 @@ def settle_memory(plan: Plan, checkpoints: Sequence[Checkpoint], memory: str | i
     MemoryBudgetError
         If one does not.
     """
-    whole = any(_is_whole(tensor, plan.seed) for stage in plan.stages for tensor in stage.tensors)
+    whole = any(_is_whole(tensor, plan.seed) for stage in plan.stages for tensor in of_each_kind(stage.tensors))
     if memory is None and whole:
         plan = stages.with_allowed(plan, max(DEFAULT_ALLOWED, available_bytes() // 2))
     # Tensors at odd places of their files can't be mapped: each window takes memory.

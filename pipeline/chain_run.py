@@ -8,7 +8,6 @@ its files are there.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,8 +20,8 @@ from mergepipe.pipeline.models import open_model
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.records import MANIFEST_NAME
 from mergepipe.pipeline.schedule import ceiling_of
+from mergepipe.storage.kerchunk import REFERENCES, write_references
 from mergepipe.storage.manifest import virtual_manifest
-from mergepipe.storage.virtual import kerchunk_references
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 
 Run = TypeVar("Run", bound=Callable[..., Any])
@@ -101,5 +100,5 @@ def _take_in(workspace: Workspace, plan: Plan) -> None:
         if model.made and not path.exists():
             manifest = virtual_manifest(open_model(model.reference).stored, plan.chunk_bytes)
             path.parent.mkdir(parents=True, exist_ok=True)
-            (path.parent / "kerchunk.json").write_bytes(json.dumps(kerchunk_references(manifest)).encode())
+            write_references(manifest, path.parent / REFERENCES)
             manifest.save(path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline.beside import Beside
 from mergepipe.pipeline.references import is_hub_id, parse_reference, split_revision
 from mergepipe.pipeline.vocabulary_rows import PlannedVocabulary
+from mergepipe.storage.collector import paused_collector
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.layout import OutputLayout, OutputTensor, lay_out
 from mergepipe.tasks.adjust import Adjustment, held_bytes
@@ -172,7 +175,7 @@ class PlannedTensor:
 
     def input_bytes(self) -> int:
         """Bytes of one read of all its sources."""
-        size = int(np.prod(self.shape, dtype=np.int64))
+        size = math.prod(self.shape)
         return sum(size * DTYPES[source.dtype].itemsize for source in self.sources)
 
     def held_bytes(self) -> int:
@@ -312,10 +315,9 @@ class Plan:
             If it is damaged or of another format.
         """
         try:
-            found = json.loads(data).get("format")
-            if found != PLAN_FORMAT:
-                raise WorkspaceError(f"the plan is of format {found}, this version reads {PLAN_FORMAT}: build it again")
-            return _ADAPTER.validate_json(data)
+            with paused_collector():
+                _check_format(data)
+                return _ADAPTER.validate_json(data)
         except (ValueError, AttributeError) as error:
             if isinstance(error, WorkspaceError):
                 raise
@@ -323,6 +325,15 @@ class Plan:
 
 
 _ADAPTER = pydantic.TypeAdapter(Plan)
+_AS_WRITTEN = re.compile(rb'\s*\{\s*"format":\s*(\d+)\s*,')
+
+
+def _check_format(data: bytes) -> None:
+    # What we write begins with it; all else is looked through.
+    start = _AS_WRITTEN.match(data)
+    found = int(start[1]) if start else json.loads(data).get("format")
+    if found != PLAN_FORMAT:
+        raise WorkspaceError(f"the plan is of format {found}, this version reads {PLAN_FORMAT}: build it again")
 
 
 def plan_id(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,12 +22,14 @@ from mergepipe.pipeline.align import AlignedTensor, Alignment
 from mergepipe.pipeline.beside import BesideFiles
 from mergepipe.pipeline.chain_plan import earlier_of
 from mergepipe.pipeline.faults import FIRST, Faults
+from mergepipe.pipeline.kinds import kind_of
 from mergepipe.pipeline.models import InputModel, as_models, as_stored
 from mergepipe.pipeline.parts import parts_of
 from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedModel, PlannedTensor, Source, plan_id
 from mergepipe.pipeline.recipe import Recipe, settings
 from mergepipe.pipeline.references import parse_reference
 from mergepipe.pipeline.scope import rule_faults
+from mergepipe.pipeline.shared_settings import SharedSettings
 from mergepipe.pipeline.stacking import View
 from mergepipe.pipeline.values import layer_counts
 from mergepipe.pipeline.vocabulary_rows import PlannedVocabulary
@@ -229,13 +231,18 @@ def plan_tensors(
         layer_counts(tensor.name for tensor in alignment.tensors if tensor.part == number)
         for number in range(len(alignment.views))
     ]
+    asked = [SharedSettings(view.part.recipe) for view in alignment.views]
     found: list[Fault] = list(rule_faults(alignment))
     planned = []
+    suited: set[Hashable] = set()
     for tensor in alignment.tensors:
         try:
             view = alignment.views[tensor.part]
-            made = _plan_tensor(view, opened, tensor, counts[tensor.part])
-            _check_suits(made, seed)
+            made = _plan_tensor(view, opened, tensor, counts[tensor.part], asked[tensor.part])
+            kind = kind_of(made)
+            if kind not in suited:
+                _check_suits(made, seed)
+                suited.add(kind)
             planned.append(made)
         except RecipeError as error:
             found += error.faults
@@ -256,7 +263,11 @@ def _check_suits(tensor: PlannedTensor, seed: int) -> None:
 
 
 def _plan_tensor(
-    view: View, checkpoints: Sequence[InputModel], tensor: AlignedTensor, counts: dict[str, int]
+    view: View,
+    checkpoints: Sequence[InputModel],
+    tensor: AlignedTensor,
+    counts: dict[str, int],
+    asked: SharedSettings,
 ) -> PlannedTensor:
     def source(number: int) -> Source:
         return _source(checkpoints, number, tensor.name_in(number))
@@ -288,7 +299,7 @@ def _plan_tensor(
     kept = range(len(names)) if tensor.kept is None else tensor.kept
     for place, number in zip(kept, tensor.models, strict=True):
         names[place] = tensor.name_in(number)
-    wanted = settings(recipe, tensor.name, n_layers, layer=layer, names=names)
+    wanted = asked.of(tensor.name, n_layers, layer, names)
     base = None if tensor.base is None else source(tensor.base)
     if base is not None and base.adjust and find_method(wanted.method).masks is not None:
         raise CheckpointError(
@@ -306,19 +317,14 @@ def _plan_tensor(
         base,
         models,
         method=wanted.method,
-        params=_as_saved(wanted.params),
-        model_params=tuple(_as_saved(wanted.model_params[place]) for place in kept),
+        params=wanted.params,
+        model_params=tuple(wanted.model_params[place] for place in kept),
         sparsify=wanted.sparsify,
-        sparsify_params=tuple(_as_saved(wanted.sparsify_params[place]) for place in kept if wanted.sparsify_params),
+        sparsify_params=tuple(wanted.sparsify_params[place] for place in kept if wanted.sparsify_params),
         work=_work_dtype([s.dtype for s in (*models, *importances)] + ([base.dtype] if base else [])),
         scope=wanted.scope,
         importances=importances,
     )
-
-
-def _as_saved(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as they come back from a saved plan, where lists are lists."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
 
 
 def _recast(recipe: Recipe, dtype: str) -> bool:

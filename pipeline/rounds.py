@@ -16,11 +16,11 @@ changes no bit. A round that was interrupted is made again as a whole; the outpu
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mergepipe.pipeline.kinds import plain_key
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.tasks.method import Array, Job, Reduction, Round, Shared, State
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
@@ -49,7 +49,7 @@ class Group:
 
 def groups(plan: Plan) -> tuple[Group, ...]:
     """The groups of a plan that have rounds, in the order of their first tensors."""
-    members: dict[str, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for number, tensor in enumerate(plan.tensors):
         if tensor.action == "merge":
             members.setdefault(_key(tensor), []).append(number)
@@ -65,12 +65,12 @@ def groups(plan: Plan) -> tuple[Group, ...]:
     return tuple(found)
 
 
-def _key(tensor: PlannedTensor) -> str:
+def _key(tensor: PlannedTensor) -> Hashable:
     """The same for tensors of one group."""
     params = tensor.params or {}
-    read = {name: params.get(name) for name in METHODS[tensor.method].rounds_read}
-    models = [source.model for source in tensor.models]
-    return json.dumps([tensor.method, models, tensor.sparsify, tensor.sparsify_params, tensor.scope, read], default=str)
+    read = [params.get(name) for name in METHODS[tensor.method].rounds_read]
+    models = tuple([source.model for source in tensor.models])
+    return tensor.method, models, tensor.sparsify, plain_key(tensor.sparsify_params), tensor.scope, plain_key(read)
 
 
 def sweeps_ahead(plan: Plan) -> dict[str, tuple[Reduction, ...]]:

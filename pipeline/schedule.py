@@ -6,13 +6,14 @@ cut changes no byte of the result, only how much memory and how many tasks it ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mergepipe.errors import MemoryBudgetError
 from mergepipe.pipeline.graph import count_tasks
+from mergepipe.pipeline.kinds import kind_of
 from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.memory import (
     MIB,
@@ -82,6 +83,20 @@ class ScheduledTensor:
     rounds: tuple[str, ...] = ()
     sweep_reads: float = 0.0
 
+    def of(self, tensor: PlannedTensor) -> ScheduledTensor:
+        """Another tensor of the same kind, cut alike."""
+        return ScheduledTensor(
+            tensor,
+            self.units,
+            self.sweeps,
+            self.projected,
+            self.pool,
+            self.steps,
+            self.held,
+            self.rounds,
+            self.sweep_reads,
+        )
+
     @property
     def tasks(self) -> int:
         """Nodes of its graph."""
@@ -116,16 +131,37 @@ def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> 
         If a unit of one block, or a whole matrix, does not fit; names it and the smallest ceiling that would do.
     """
     ahead = sweeps_ahead(plan)
+    keys = [_key(tensor, plan, gathered, ahead.get(tensor.name, ())) for tensor in plan.tensors]
+    first: dict[Hashable, PlannedTensor] = {}
+    for key, tensor in zip(keys, plan.tensors, strict=True):
+        first.setdefault(key, tensor)
+    items = dict(zip(first, _schedule(list(first.values()), plan, ceiling, gathered, ahead), strict=True))
+    return tuple(items[key].of(tensor) for key, tensor in zip(keys, plan.tensors, strict=True))
+
+
+def _key(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool], ahead: Sequence[Reduction]) -> Hashable:
+    """Equal for tensors that are cut alike."""
+    rounds: tuple[Hashable, ...] = ()
+    if ahead:
+        job = tensor.job(plan.seed)
+        rounds = tuple((sweep.name, sweep.shapes(job)) for sweep in ahead)
+    return kind_of(tensor), _gathers(tensor, plan, gathered), rounds
+
+
+def _schedule(
+    tensors: Sequence[PlannedTensor], plan: Plan, ceiling: Ceiling, gathered: Sequence[bool], ahead: Ahead
+) -> list[ScheduledTensor]:
+    """The first tensor of each kind, cut into units."""
     if plan.vocabulary is not None:
         beside = plan.vocabulary.reserved_bytes(max(ceiling.workers, IO_THREADS))
         ceiling = replace(ceiling, reserved=ceiling.reserved + beside)
-    found = {tensor.name: _matrix(tensor, plan, gathered, ceiling.workers, ahead) for tensor in plan.tensors}
+    found = {tensor.name: _matrix(tensor, plan, gathered, ceiling.workers, ahead) for tensor in tensors}
     whole = {name: shape for name, shape in found.items() if shape is not None}
     if not whole:
         try:
-            return tuple(_cut(tensor, plan, ceiling, gathered, ahead) for tensor in plan.tensors)
+            return [_cut(tensor, plan, ceiling, gathered, ahead) for tensor in tensors]
         except MemoryBudgetError:
-            worst = max(plan.tensors, key=lambda tensor: _smallest(tensor, plan, ceiling, gathered, ahead))
+            worst = max(tensors, key=lambda tensor: _smallest(tensor, plan, ceiling, gathered, ahead))
             _cut(worst, plan, ceiling, gathered, ahead)  # names the ceiling that would do for all
             raise
     # The largest matrix is set apart first: element-wise tensors, whose units can shrink, share the rest.
@@ -133,7 +169,7 @@ def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> 
     largest = max(needs, key=lambda name: needs[name])
     rest = replace(ceiling, reserved=ceiling.reserved + TORCH_BYTES + needs[largest])
     all_gathered = [True] * len(plan.models)  # how they are read is known only when the plan is run
-    others = [tensor for tensor in plan.tensors if tensor.name not in whole]
+    others = [tensor for tensor in tensors if tensor.name not in whole]
     smallest = rest.reserved + max(
         (_smallest(tensor, plan, ceiling, all_gathered, ahead) for tensor in others), default=0
     )
@@ -143,12 +179,12 @@ def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> 
             f"{needs[largest] / MIB:,.0f} MiB, {ceiling.allowed / MIB:,.0f} MiB are allowed for everything; the "
             f"smallest ceiling that would do is --memory {-(-smallest // MIB)}MiB; or lower the rank, or exclude it"
         )
-    return tuple(
+    return [
         _whole(tensor, plan, ceiling, whole[tensor.name], ahead)
         if tensor.name in whole
         else _cut(tensor, plan, rest, gathered, ahead)
-        for tensor in plan.tensors
-    )
+        for tensor in tensors
+    ]
 
 
 def held_for_matrices(scheduled: Sequence[ScheduledTensor], allowed: int) -> int:
@@ -295,6 +331,8 @@ def _unit(
 
 def _gathers(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool]) -> bool:
     """Whether any input of a tensor is gathered into buffers."""
+    if plan.vocabulary is None and not any(gathered):
+        return False
     return any(plan.is_gathered(source) or (bool(gathered) and gathered[source.model]) for source in tensor.sources)
 
 

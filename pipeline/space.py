@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergepipe.errors import DiskFullError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.handover import SHARDS_OPEN
+from mergepipe.pipeline.kinds import kind_of
 from mergepipe.pipeline.masks import kept_base_bytes, mask_bytes
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.rounds import sweeps_ahead
@@ -119,7 +120,16 @@ def statistics_need(plan: Plan, workspace: Workspace) -> Need:
 def all_statistics_bytes(plan: Plan) -> int:
     """What the statistics of all tensors take, at the most."""
     ahead = sweeps_ahead(plan)
-    return sum(statistics_bytes(tensor, plan.seed, ahead.get(tensor.name, ())) for tensor in plan.tensors)
+    found: dict[Hashable, int] = {}
+    total = 0
+    for tensor in plan.tensors:
+        sweeps = ahead.get(tensor.name, ())
+        # Rounds may count otherwise for each tensor.
+        key = (kind_of(tensor), tensor.name if sweeps else "")
+        if key not in found:
+            found[key] = statistics_bytes(tensor, plan.seed, sweeps)
+        total += found[key]
+    return total
 
 
 def statistics_bytes(tensor: PlannedTensor, seed: int, ahead: Sequence[Reduction] = ()) -> int:

@@ -21,8 +21,8 @@ from mergepipe.pipeline.vocabulary_rows import write_rows
 from mergepipe.storage.atomic import write_atomic
 from mergepipe.storage.checkpoint import Checkpoint
 from mergepipe.storage.copied import copy_store
+from mergepipe.storage.kerchunk import REFERENCES, write_references
 from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
-from mergepipe.storage.virtual import kerchunk_references
 from mergepipe.storage.workspace import Workspace
 
 
@@ -83,8 +83,7 @@ def _write_stores(
         workspace.unmark_damage(number, model.label)
         manifests[number] = manifest
         if manifest.kind == "virtual":
-            references = json.dumps(kerchunk_references(manifest)).encode()
-            (folder / "kerchunk.json").write_bytes(references)
+            write_references(manifest, folder / REFERENCES)
     workspace.forget_stores(keep)
     return manifests
 

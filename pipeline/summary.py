@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.memory import Ceiling
 from mergepipe.pipeline.plan import Plan
@@ -39,7 +37,8 @@ def summarize(plan: Plan) -> dict[str, Any]:
         `allowed_bytes`, `disk_bytes` (output, heads and masks beside it, copies and statistics), `notes`.
     """
     layout = plan.layout()
-    items, own = scheduled(plan), _of_stage(plan)
+    stages = [_of_stage(stage) for stage in plan.stages]
+    items, own = tuple(item for stage in stages for item in stage), stages[-1]
     first = 0 if plan.first_stage is None else plan.first_stage.layout().nbytes
     methods = Counter(
         tensor.method + (f" + {tensor.sparsify}" if tensor.sparsify != "none" else "")
@@ -100,4 +99,4 @@ def tensor_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _size(item: ScheduledTensor) -> int:
-    return int(np.prod(item.tensor.shape, dtype=np.int64))
+    return math.prod(item.tensor.shape)

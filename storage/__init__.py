@@ -11,7 +11,7 @@ element range, and a reader of :mod:`~mergepipe.storage.readers` for the bytes o
 
 * *virtual* (:mod:`~mergepipe.storage.virtual`): the chunks are byte ranges of the model's files themselves. It
   costs no disk and is ready as soon as the headers are read. zarr reads it through ``VirtualStore``, other tools
-  through kerchunk references.
+  through kerchunk references (:mod:`~mergepipe.storage.kerchunk`).
 * *copy* (:mod:`~mergepipe.storage.copied`): the chunks are files of a zarr group on disk, each with a crc32c. Any zarr
   reader opens it.
 

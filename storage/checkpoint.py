@@ -286,16 +286,16 @@ def is_file_name(value: object) -> bool:
 def _check_index(
     path: Path, weight_map: dict[str, str], files: tuple[FileInfo, ...], tensors: dict[str, TensorEntry]
 ) -> None:
+    names = [Path(info.path).name for info in files]
     for name, shard in weight_map.items():
         entry = tensors.get(name)
-        found = None if entry is None else Path(files[entry.file].path).name
+        found = None if entry is None else names[entry.file]
         if found != shard:
             where = "in no shard" if found is None else f"in {found}"
             raise CheckpointError(f"'{path}': tensor {name[:200]!r} is said to be in {shard}, but is {where}")
     for name, entry in tensors.items():
         if name not in weight_map:
-            shard = Path(files[entry.file].path).name
-            raise CheckpointError(f"'{path}': tensor {name!r} is in {shard}, but not in the index")
+            raise CheckpointError(f"'{path}': tensor {name!r} is in {names[entry.file]}, but not in the index")
 
 
 def _only_file(root: Path) -> str:

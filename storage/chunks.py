@@ -8,11 +8,13 @@ fastest. The grid depends on shape, item size and target alone, so it is the sam
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 MIB = 2**20
 DEFAULT_CHUNK_BYTES = 8 * MIB
 
 
+@lru_cache(4096)
 def chunk_shape(shape: tuple[int, ...], itemsize: int, target: int = DEFAULT_CHUNK_BYTES) -> tuple[int, ...]:
     """Shape of the chunks of a tensor.
 

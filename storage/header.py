@@ -14,6 +14,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +138,10 @@ def parse_json_object(
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise kind(f"{where}: key {key[:200]!r} stands there twice")
-            found[key] = value
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise kind(f"{where}: key {twice[:200]!r} stands there twice")
         return found
 
     def refuse(constant: str) -> float:
@@ -162,6 +162,7 @@ def parse_json_object(
     return value
 
 
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -249,9 +250,9 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         raise HeaderError(f"{where}: the header starts with {raw[:1]!r}, not with '{{'; is it a safetensors file?")
     entries = parse_json_object(raw, f"{where}: header")
     metadata = _parse_metadata(entries.pop("__metadata__", {}), where)
-    tensors = sorted(
-        (_parse_tensor(name, entry, where) for name, entry in entries.items()), key=lambda t: (t.start, t.stop)
-    )
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    tensors = [_parse_tensor(name, entry, where, sizes) for name, entry in entries.items()]
+    tensors.sort(key=lambda t: (t.start, t.stop))
     data_start = 8 + len(raw)
     _check_contiguous(tensors, file_size - data_start, where)
     return Header(tuple(tensors), metadata, data_start, hashlib.sha256(raw).hexdigest())
@@ -263,10 +264,11 @@ def _parse_metadata(metadata: Any, where: str) -> dict[str, str]:
     return metadata
 
 
-def _parse_tensor(name: str, entry: Any, where: str) -> HeaderTensor:
+def _parse_tensor(name: str, entry: Any, where: str, sizes: dict[tuple[str, tuple[int, ...]], int]) -> HeaderTensor:
+    """One proven entry; `sizes` keeps what tensors of a type and shape take, of which there are few."""
     check_name(name, where)
     here = f"{where}: tensor {name[:200]!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         raise HeaderError(f"{here}: expected exactly the keys dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
@@ -278,14 +280,17 @@ def _parse_tensor(name: str, entry: Any, where: str) -> HeaderTensor:
     start, stop = offsets
     if not 0 <= start <= stop <= _INT64_MAX:
         raise HeaderError(f"{here}: data_offsets {offsets} do not satisfy 0 <= begin <= end < 2^63")
-    nbytes = tensor_bytes(dtype, shape, here)
+    dimensions = tuple(shape)
+    nbytes = sizes.get((dtype, dimensions))
+    if nbytes is None:
+        nbytes = sizes[dtype, dimensions] = tensor_bytes(dtype, shape, here)
     if stop - start != nbytes:
-        raise HeaderError(f"{here}: {dtype} of shape {tuple(shape)} takes {nbytes} bytes, its range {stop - start}")
-    return HeaderTensor(name, dtype, tuple(shape), start, stop)
+        raise HeaderError(f"{here}: {dtype} of shape {dimensions} takes {nbytes} bytes, its range {stop - start}")
+    return HeaderTensor(name, dtype, dimensions, start, stop)
 
 
 def _is_integers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)  # a bool is an int, but no dimension
+    return isinstance(value, list) and set(map(type, value)) <= {int}  # a bool is an int, but no dimension
 
 
 def _check_contiguous(tensors: Iterable[HeaderTensor], data_bytes: int, where: str) -> None:

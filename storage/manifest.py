@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from mergepipe.errors import CheckpointNotFoundError, WorkspaceError
 from mergepipe.storage.atomic import write_atomic
 from mergepipe.storage.checkpoint import Checkpoint, FileInfo, TensorEntry
 from mergepipe.storage.chunks import DEFAULT_CHUNK_BYTES, chunk_lengths, chunk_shape
+from mergepipe.storage.collector import paused_collector
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.header import check_name, tensor_bytes
 
@@ -51,7 +53,7 @@ class ManifestArray:
         Index into `ChunkManifest.files`, byte offset and number of valid bytes of every chunk, in C order of the grid.
         The last chunk of a padded dimension is shorter than the others. Not to be modified.
     starts : int64 ndarray, shape (chunks + 1,)
-        First element of every chunk in the flat tensor, and the tensor's size. Follows from the rest.
+        First element of every chunk in the flat tensor, and the tensor's size. Follows from the shapes.
     """
 
     dtype: str
@@ -63,9 +65,7 @@ class ManifestArray:
     starts: I64 = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        starts = np.zeros(len(self.lengths) + 1, np.int64)
-        np.cumsum(self.lengths // DTYPES[self.dtype].itemsize, out=starts[1:])
-        object.__setattr__(self, "starts", starts)
+        object.__setattr__(self, "starts", _grid(self.dtype, self.shape, self.chunk_shape).starts)
 
     @property
     def size(self) -> int:
@@ -179,34 +179,59 @@ class ChunkManifest:
             If the file is not a manifest, or contradicts itself.
         """
         try:
-            document = json.loads(Path(path).read_bytes())
-            if document["format"] != FORMAT or document["kind"] not in {"virtual", "copy"}:
-                raise ValueError(f"expected format {FORMAT!r}, found {document['format']!r}, {document['kind']!r}")
-            files = tuple(FileInfo(**info) for info in document["files"])
-            arrays = {name: _array(name, entry, files) for name, entry in document["arrays"].items()}
+            with paused_collector():
+                return cls._parse(Path(path).read_bytes())
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"chunk manifest '{path}' does not exist: build the workspace") from error
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise WorkspaceError(f"'{path}' is no valid chunk manifest ({error}): build the workspace again") from error
+
+    @classmethod
+    def _parse(cls, data: bytes) -> ChunkManifest:
+        document = json.loads(data)
+        if document["format"] != FORMAT or document["kind"] not in {"virtual", "copy"}:
+            raise ValueError(f"expected format {FORMAT!r}, found {document['format']!r}, {document['kind']!r}")
+        files = tuple(FileInfo(**info) for info in document["files"])
+        total = sum(info.size for info in files)
+        arrays = {name: _array(name, entry, files, total) for name, entry in document["arrays"].items()}
         return cls(document["kind"], files, arrays)
 
 
-def _array(name: str, entry: dict[str, Any], files: tuple[FileInfo, ...]) -> ManifestArray:
+def _array(name: str, entry: dict[str, Any], files: tuple[FileInfo, ...], total: int) -> ManifestArray:
+    """One proven entry; `total` is what all files hold."""
     check_name(name, "manifest")
     dtype, shape, chunks = entry["dtype"], tuple(entry["shape"]), tuple(entry["chunk_shape"])
+    if not {*map(type, shape), *map(type, chunks)} <= {int}:
+        raise ValueError(f"{name!r}: shapes {shape} and {chunks} are not of integers")
     nbytes = tensor_bytes(dtype, shape, f"manifest: {name!r}")
     if not is_contiguous_grid(shape, chunks):
         raise ValueError(f"{name!r}: chunks of shape {chunks} are not contiguous in shape {shape}")
-    which, offsets, lengths = (np.array(entry[key], np.int64).reshape(-1) for key in ("files", "offsets", "lengths"))
-    if nbytes > sum(info.size for info in files):
+    if nbytes > total:
         raise ValueError(f"{name!r}: {nbytes} bytes are more than all files hold")
-    expected = np.array(chunk_lengths(shape, chunks), np.int64) * DTYPES[dtype].itemsize
-    if not np.array_equal(lengths, expected) or not len(which) == len(offsets) == len(lengths):
+    which, offsets, lengths = entry["files"], entry["offsets"], entry["lengths"]
+    grid = _grid(dtype, shape, chunks)
+    if lengths != grid.lengths.tolist() or not len(which) == len(offsets) == len(lengths):
         raise ValueError(f"{name!r}: its chunks do not cover it exactly")
-    for file, offset, length in zip(which.tolist(), offsets.tolist(), lengths.tolist(), strict=True):
+    for file, offset, length in zip(which, offsets, lengths, strict=True):
         if not 0 <= file < len(files) or not 0 <= offset <= files[file].size - length:
             raise ValueError(f"{name!r}: {length} bytes at {offset} are not inside file {file}")
-    return ManifestArray(dtype, shape, chunks, which, offsets, lengths)
+    return ManifestArray(dtype, shape, chunks, np.array(which, np.int64), np.array(offsets, np.int64), grid.lengths)
+
+
+class _Grid(NamedTuple):
+    """The chunks of all tensors of one type and shape: bytes and first element of each. Shared, so read-only."""
+
+    lengths: I64
+    starts: I64
+
+
+@lru_cache(4096)
+def _grid(dtype: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> _Grid:
+    elements = np.array(chunk_lengths(shape, chunks), np.int64)
+    grid = _Grid(elements * DTYPES[dtype].itemsize, np.concatenate([[0], np.cumsum(elements)]))
+    for array in grid:
+        array.setflags(write=False)
+    return grid
 
 
 def is_contiguous_grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> bool:
@@ -239,6 +264,7 @@ def virtual_manifest(checkpoint: Checkpoint, chunk_target: int = DEFAULT_CHUNK_B
 def _virtual_array(entry: TensorEntry, chunk_target: int) -> ManifestArray:
     itemsize = DTYPES[entry.dtype].itemsize
     chunks = chunk_shape(entry.shape, itemsize, chunk_target)
-    lengths = np.array(chunk_lengths(entry.shape, chunks), np.int64) * itemsize
-    offsets = entry.offset + np.cumsum(lengths) - lengths
-    return ManifestArray(entry.dtype, entry.shape, chunks, np.full(len(lengths), entry.file), offsets, lengths)
+    grid = _grid(entry.dtype, entry.shape, chunks)
+    count = len(grid.lengths)
+    offsets = grid.starts[:-1] * itemsize + entry.offset
+    return ManifestArray(entry.dtype, entry.shape, chunks, np.full(count, entry.file), offsets, grid.lengths)

@@ -8,11 +8,11 @@ missing chunks, which any zarr reader would take for zeros.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import math
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,15 @@ def array_document(array: ManifestArray, *, checksum: bool = False) -> dict[str,
 def hierarchy_documents(manifest: ChunkManifest, *, checksum: bool = False) -> dict[str, bytes]:
     """All metadata documents of a manifest by their keys, parents before children."""
     documents: dict[str, bytes] = {"zarr.json": json.dumps(GROUP_DOCUMENT).encode()}
+    made: dict[tuple[str, tuple[int, ...], tuple[int, ...]], bytes] = {}
     for name, array in manifest.arrays.items():
         parts = name.split("/")
         for count in range(1, len(parts)):
             documents["/".join([*parts[:count], "zarr.json"])] = documents["zarr.json"]
-        documents[f"{name}/zarr.json"] = json.dumps(array_document(array, checksum=checksum)).encode()
+        kind = array.dtype, array.shape, array.chunk_shape
+        if kind not in made:
+            made[kind] = json.dumps(array_document(array, checksum=checksum)).encode()
+        documents[f"{name}/zarr.json"] = made[kind]
     return documents
 
 
@@ -86,8 +90,12 @@ def chunk_keys(array: ManifestArray) -> Iterator[str]:
     -----
     ``c.0.0``, ``c.1.0`` and so on; ``c`` alone for a tensor without dimensions.
     """
-    for index in np.ndindex(*grid_shape(array.shape, array.chunk_shape)):
-        yield ".".join(["c", *map(str, index)])
+    return iter(_chunk_keys(grid_shape(array.shape, array.chunk_shape)))
+
+
+@lru_cache(256)
+def _chunk_keys(grid: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple(".".join(["c", *map(str, index)]) for index in np.ndindex(*grid))
 
 
 def chunk_bytes(array: ManifestArray) -> int:
@@ -269,41 +277,3 @@ def open_store(path: str | os.PathLike[str]) -> zarr.Group:
         zdtype.register()
         return zarr.open_group(LocalStore(path, read_only=True), mode="r")
     return zarr.open_group(VirtualStore(ChunkManifest.load(path)), mode="r")
-
-
-def kerchunk_references(manifest: ChunkManifest) -> dict[str, Any]:
-    """The hierarchy as kerchunk references, for readers that know nothing of mergepipe.
-
-    Returns
-    -------
-    dict
-        Of version 0: key to text, or to [URL, offset, length]. Ready for ``json.dump`` and for fsspec's
-        ``ReferenceFileSystem``. A reader of bfloat16 tensors needs a zarr that knows the type.
-
-    Notes
-    -----
-    A range can't be padded. That of a chunk at the padded edge therefore runs on into the bytes that follow in the
-    file; a reader cuts them off, because they lie outside the array. Where the file ends before that, the chunk is
-    written into the references as base64 (at most one chunk's worth of bytes per file, in general).
-    """
-    references: dict[str, Any] = {key: text.decode() for key, text in hierarchy_documents(manifest).items()}
-    descriptors = Descriptors()
-    try:
-        for name, array in manifest.arrays.items():
-            whole = chunk_bytes(array)
-            for number, key in enumerate(chunk_keys(array)):
-                file, offset = manifest.files[array.files[number]], int(array.offsets[number])
-                if offset + whole <= file.size:
-                    references[f"{name}/{key}"] = [f"file://{file.path}", offset, whole]
-                else:
-                    segment = Segment(file.path, offset, int(array.lengths[number]))
-                    references[f"{name}/{key}"] = f"base64:{_padded(descriptors, segment, whole)}"
-    finally:
-        descriptors.close()
-    return references
-
-
-def _padded(descriptors: Descriptors, segment: Segment, whole: int) -> str:
-    out = np.zeros(whole, np.uint8)
-    descriptors.read_into(segment, out[: segment.length].data)
-    return base64.b64encode(out.data).decode("ascii")

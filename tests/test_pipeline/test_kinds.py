@@ -1,0 +1,180 @@
+"""What is planned once for tensors of one kind is what would be planned for each: for every method, and any recipe."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mergepipe.errors import RecipeError
+from mergepipe.pipeline import schedule as scheduling
+from mergepipe.pipeline.kinds import kind_of, of_each_kind
+from mergepipe.pipeline.memory import MIB, Ceiling
+from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedTensor, Source
+from mergepipe.pipeline.recipe import parse_recipe, settings
+from mergepipe.pipeline.schedule import schedule
+from mergepipe.pipeline.shared_settings import SharedSettings
+from mergepipe.pipeline.space import statistics_bytes
+from mergepipe.storage.collector import paused_collector
+from mergepipe.tasks.method import REQUIRED, Parameter
+from mergepipe.tasks.registry import METHODS, SPARSIFIERS
+
+SHAPES = {
+    "model.embed_tokens.weight": (512, 64),
+    "model.layers.0.mlp.up_proj.weight": (512, 64),
+    "model.layers.1.mlp.up_proj.weight": (512, 64),
+    "model.layers.1.mlp.down_proj.weight": (64, 512),
+    "lm_head.weight": (512, 64),
+    "model.norm.weight": (64,),
+    "model.layers.0.norm.weight": (64,),
+}
+PAIRS = {f"model.layers.{layer}.q.lora_{side}.weight": (16, 16) for layer in (0, 1) for side in "AB"}
+
+
+def value_of(parameter: Parameter) -> Any:
+    """A value that any method takes."""
+    found = 0.5 if parameter.default is REQUIRED else parameter.default
+    return list(found) if isinstance(found, tuple) else found
+
+
+def plan_of(name: str, sparsify: str | None = None) -> Plan:
+    """A plan in which one method makes tensors of few kinds, one of them copied; its settings are the defaults."""
+    method, shapes = METHODS[name], PAIRS if METHODS[name].takes == "adapters" else SHAPES
+    models = 2 if method.max_models is None else method.max_models
+    chosen = SPARSIFIERS[sparsify or method.trim]
+    each = {p.name: value_of(p) for p in method.parameters if p.per_model and not p.without_effect}
+    thinned = {p.name: value_of(p) for p in chosen.parameters}
+    tensors = [
+        PlannedTensor(
+            tensor, shape, "BF16", "merge",
+            None if method.base == "ignored" else Source(0, tensor, "BF16"),
+            tuple(Source(k + 1, tensor, "BF16") for k in range(models)),
+            method=name,
+            params={p.name: value_of(p) for p in method.parameters if not p.per_model and not p.without_effect},
+            model_params=(each,) * models,
+            sparsify=chosen.name,
+            sparsify_params=() if chosen.name == "none" else (thinned,) * models,
+            importances=tuple(Source(k + 1, tensor, "F32") for k in range(models)) if method.importance else (),
+        )
+        for tensor, shape in shapes.items()
+    ]  # fmt: skip
+    copies = [PlannedTensor(f"ids.{n}", (7,), "I64", "copy", Source(0, f"ids.{n}", "I64"), ()) for n in range(2)]
+    made = (*tensors, *copies)
+    names = tuple(tensor.name for tensor in made)
+    return Plan(
+        PLAN_FORMAT, "id", "1", {}, (), made, (names,), {}, "/out", {}, None, None, (), 512 * MIB, 8192, 0
+    )  # fmt: skip
+
+
+def plain(plan: Plan) -> list[tuple[Any, ...]]:
+    """How a plan is cut: everything but the records of sweeps, which are no values."""
+    items = schedule(plan, Ceiling(2048 * MIB, 2), gathered=[False] * 9)
+    return [tuple(getattr(item, one.name) for one in fields(item)) for item in items]
+
+
+THINNED = [("task_arithmetic", name) for name in SPARSIFIERS if name != "none"]
+
+
+@pytest.mark.parametrize(("name", "sparsify"), [*((name, None) for name in METHODS), *THINNED])
+def test_a_kind_is_cut_as_each_of_its_tensors(name: str, sparsify: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(name, sparsify)
+    kinds = of_each_kind(plan.tensors)
+    assert len(kinds) < len(plan.tensors)
+    shared = plain(plan)
+    assert [found[0] for found in shared] == list(plan.tensors)
+    first = {kind_of(tensor): tensor for tensor in reversed(plan.tensors)}
+    for tensor in plan.tensors:
+        assert statistics_bytes(tensor, 0) == statistics_bytes(first[kind_of(tensor)], 0)
+    count = itertools.count()
+    monkeypatch.setattr(scheduling, "kind_of", lambda tensor: next(count))
+    assert plain(plan) == shared
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (64, 512)},
+        {"dtype": "F32"},
+        {"work": "float64"},
+        {"scope": "model"},
+        {"offset": 1},
+        {"sparsify": "none", "sparsify_params": ()},
+        {"params": {}},
+        {"base": None},
+        {"importances": (Source(1, "w", "BF16"),)},
+        {"carried": Source(1, "w", "BF16")},
+        {"base": Source(0, "w", "F16")},
+    ],
+)
+def test_what_makes_another_kind(change: dict[str, Any]) -> None:
+    tensor = plan_of("ties").tensors[1]
+    assert kind_of(replace(tensor, name="other")) == kind_of(tensor)
+    assert kind_of(replace(tensor, **change)) != kind_of(tensor)
+
+
+RECIPE = """
+merge_method: ties
+base_model: /base
+models:
+  - model: /a
+    parameters:
+      weight: [0.1, 0.9]
+      density: [{filter: mlp, value: 0.25}, {filter: attn, value: [0.1, 0.7]}, {value: 0.5}]
+  - model: /b
+    parameters: {weight: 0.3}
+parameters:
+  density: [{filter: norm, value: 0.75}, {value: 0.4}]
+rules:
+  - match: norm
+    merge_method: linear
+    parameters: {weight: 0.6}
+  - match: head
+    sparsify: {method: magnitude, density: [{filter: lm, value: 0.3}, {value: 0.2}]}
+"""
+WORDS = st.sampled_from(["mlp", "attn", "norm", "lm_head", "embed", "head"])
+PLACES = st.one_of(st.just((None, 0)), st.integers(0, 3).map(lambda layer: (layer, 4)))
+
+
+@given(st.lists(st.tuples(WORDS, PLACES, WORDS, WORDS), min_size=2, max_size=12))
+def test_shared_settings_are_each_tensors_own(asked: list[tuple[str, tuple[int | None, int], str, str]]) -> None:
+    recipe = parse_recipe(RECIPE)
+    shared = SharedSettings(recipe)
+    for name, (layer, layers), first, second in asked:
+        names = [f"x.{first}", f"x.{second}"]
+        own = settings(recipe, f"x.{name}", layers, layer=layer, names=names)
+        # As a plan is saved, where tuples are lists.
+        assert json.dumps(asdict(shared.of(f"x.{name}", layers, layer, names))) == json.dumps(asdict(own))
+
+
+def test_tensors_that_nothing_tells_apart_share_their_settings() -> None:
+    recipe = parse_recipe({"merge_method": "linear", "models": [{"model": "/a"}], "parameters": {"weight": 0.5}})
+    shared = SharedSettings(recipe)
+    assert shared.of("a", 2, 0, ["a"]) is shared.of("b", 2, 1, ["b"])
+
+
+def test_every_tensor_without_a_value_is_told() -> None:
+    recipe = parse_recipe(
+        {"merge_method": "linear", "models": [{"model": "/a"}], "parameters": {"weight": [{"filter": "x", "value": 1}]}}
+    )
+    shared = SharedSettings(recipe)
+    for name in ("a", "b"):
+        with pytest.raises(RecipeError, match=f"'{name}'"):
+            shared.of(name, 0, None, [name])
+
+
+def test_the_collector_is_left_as_it_was() -> None:
+    assert gc.isenabled()
+    with paused_collector():
+        with paused_collector():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="mine"), paused_collector():
+        raise ValueError("mine")
+    assert gc.isenabled()
