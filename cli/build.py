@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from mergepipe.cli.options import json_option, print_json, work_option
+from mergepipe.cli.options import json_option, print_json, tensors_option, work_option
 
 
 @click.command("build")
@@ -25,11 +25,7 @@ from mergepipe.cli.options import json_option, print_json, work_option
 @click.option("--chunk-size", metavar="SIZE", default="8MiB", show_default=True, help="Size of a chunk.")
 @click.option("--shard-size", metavar="SIZE", help="Size of an output file, such as 5GB; by default as in the base.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the recipe.")
-@click.option(
-    "--tensors",
-    type=click.Choice(["union", "intersection"]),
-    help="Merge tensors that not every model has from those that have them, or leave them out; else an error.",
-)
+@tensors_option
 @click.option("--force", is_flag=True, help="Drop the unfinished work of another plan in the workspace.")
 @json_option
 def command(

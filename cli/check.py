@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from mergepipe.cli.options import json_option, print_json, work_option
+from mergepipe.cli.options import json_option, print_json, tensors_option, work_option
 
 if TYPE_CHECKING:
     from mergepipe.pipeline.check import Check
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(), help="Output folder; the recipe's `output`, else ./merged, by default.")
 @click.option("--memory", metavar="SIZE", help="Ceiling of the run's memory, such as 8GiB; 512MiB by default.")
 @click.option("--shard-size", metavar="SIZE", help="Size of an output file, such as 5GB; by default as in the base.")
+@tensors_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the recipe.")
 @json_option
 def command(
@@ -27,6 +28,7 @@ def command(
     out: str | None,
     memory: str | None,
     shard_size: str | None,
+    tensors: Literal["union", "intersection"] | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -34,7 +36,8 @@ def command(
 
     Reads the recipe and the headers of the checkpoints, no weights, and writes nothing. Where `build` stops at the
     first stage that finds a fault, this goes on: faults of the recipe, missing or broken files, tensors that do not
-    fit, memory, disk, and what is in the way. The exit code is that of the most basic fault, 0 if there is none.
+    fit, memory, disk, and what is in the way. The exit code is that of the most basic fault, 0 if there is none. Of hub
+    ids only the headers are fetched, by range.
 
     \b
     Example:
@@ -44,7 +47,7 @@ def command(
     from mergepipe.cli.plan import print_summary
     from mergepipe.pipeline.check import check, report
 
-    checked = check(recipe, work, out=out, memory=memory, shard_size=shard_size, overrides=overrides)
+    checked = check(recipe, work, out=out, memory=memory, shard_size=shard_size, overrides=overrides, tensors=tensors)
     result = report(checked)
     if as_json:
         print_json(result)

@@ -13,33 +13,37 @@ from mergepipe.errors import UsageError
 
 if TYPE_CHECKING:
     from mergepipe.pipeline.compare import Difference, TensorStatistics
-    from mergepipe.storage.checkpoint import Checkpoint
+    from mergepipe.pipeline.models import InputModel
 
 NAMES_SHOWN = 10
 """Names of tensors in one line of differences before the rest is counted."""
 
 
 @click.command("inspect")
-@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT...")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option("--stats", is_flag=True, help="Read the tensors, too: norms and densities of the task vectors.")
 @json_option
-def command(checkpoints: tuple[Path, ...], stats: bool, as_json: bool) -> None:
+def command(checkpoints: tuple[str, ...], stats: bool, as_json: bool) -> None:
     """Show what is in checkpoints, and how they differ.
 
     Tensors, dtypes, shapes, shards and sizes of one. With two or more, show in what the others differ from the first;
-    --stats takes the first as the base of their task vectors.
+    --stats takes the first as the base of their task vectors. Each is named as in a recipe: a folder, a file, a hub id,
+    with +ADAPTER if need be. Of a hub id only the headers are fetched, by range, without --stats.
 
     \b
     Example:
       mergepipe inspect ./llama-base
       mergepipe inspect ./llama-base ./expert-math ./expert-code --stats
+      mergepipe inspect org/base org/base+./adapter --stats
     """
-    from mergepipe.pipeline.compare import compare_headers, task_vector_statistics
-    from mergepipe.storage.checkpoint import open_checkpoint
+    from mergepipe.cli.progress import progress
+    from mergepipe.pipeline.compare import compare_headers, open_shown, task_vector_statistics
+    from mergepipe.pipeline.events import Announcer
 
     if stats and len(checkpoints) < 2:
         raise UsageError("--stats compares: name a base and at least one other checkpoint")
-    opened = [open_checkpoint(path) for path in checkpoints]
+    with progress(quiet=False) as listener:
+        opened = open_shown(checkpoints, Announcer(listener), values=stats)
     difference = compare_headers(opened) if len(opened) > 1 else None
     statistics = list(task_vector_statistics(opened)) if stats else []
     if as_json:
@@ -55,7 +59,7 @@ def command(checkpoints: tuple[Path, ...], stats: bool, as_json: bool) -> None:
         _print_statistics(statistics, opened)
 
 
-def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+def _dtypes(checkpoint: InputModel) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for tensor in checkpoint.tensors.values():
         entry = found.setdefault(tensor.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
@@ -71,11 +75,11 @@ def _size(shape: Iterable[int]) -> int:
     return prod(shape)
 
 
-def _print_summary(checkpoint: Checkpoint) -> None:
+def _print_summary(checkpoint: InputModel) -> None:
     dtypes = _dtypes(checkpoint)
     files = len(checkpoint.files)
     click.echo(
-        f"{checkpoint.root}: {_tensors(len(checkpoint.tensors))}, "
+        f"{checkpoint.reference}: {_tensors(len(checkpoint.tensors))}, "
         f"{show_count(sum(d['parameters'] for d in dtypes.values()))} parameters, "
         f"{show_bytes(sum(file.size for file in checkpoint.files))} in {files} file{'s' * (files != 1)}"
     )
@@ -87,7 +91,7 @@ def _tensors(count: int) -> str:
     return f"{count} tensor{'s' * (count != 1)}"
 
 
-def _print_tensors(checkpoint: Checkpoint) -> None:
+def _print_tensors(checkpoint: InputModel) -> None:
     rows = [
         (name, t.dtype, show_shape(t.shape), show_bytes(t.nbytes), Path(checkpoint.files[t.file].path).name)
         for name, t in checkpoint.tensors.items()
@@ -102,7 +106,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _print_difference(difference: Difference, opened: Sequence[Checkpoint]) -> None:
+def _print_difference(difference: Difference, opened: Sequence[InputModel]) -> None:
     click.echo()
     if difference.same:
         click.echo("same tensor names, shapes and dtypes")
@@ -115,16 +119,16 @@ def _print_difference(difference: Difference, opened: Sequence[Checkpoint]) -> N
         ):
             if names:
                 more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-                click.echo(f"{checkpoint.root}: {what} ({len(names)}): {', '.join(names[:NAMES_SHOWN])}{more}")
+                click.echo(f"{checkpoint.reference}: {what} ({len(names)}): {', '.join(names[:NAMES_SHOWN])}{more}")
 
 
-def _print_statistics(statistics: Sequence[TensorStatistics], opened: Sequence[Checkpoint]) -> None:
+def _print_statistics(statistics: Sequence[TensorStatistics], opened: Sequence[InputModel]) -> None:
     from mergepipe.pipeline.compare import total_statistics
 
     click.echo("\ntask vectors: norm of the difference to the base, and the fraction of it that is not zero")
     head = ["tensor", "base norm"]
     for checkpoint in opened[1:]:
-        head += [f"{checkpoint.root.name} norm", "density"]
+        head += [f"{checkpoint.reference.label} norm", "density"]
     entries = [*statistics, total_statistics(statistics, len(opened) - 1)]
     rows = []
     for entry in entries:
@@ -136,7 +140,7 @@ def _print_statistics(statistics: Sequence[TensorStatistics], opened: Sequence[C
 
 
 def _as_json(
-    opened: Sequence[Checkpoint],
+    opened: Sequence[InputModel],
     difference: Difference | None,
     statistics: Sequence[TensorStatistics],
     stats: bool,
@@ -147,7 +151,7 @@ def _as_json(
     if difference is not None:
         result["differences"] = [
             {
-                "checkpoint": str(checkpoint.root),
+                "checkpoint": str(checkpoint.reference),
                 "missing": list(difference.missing[number]),
                 "extra": list(difference.extra[number]),
                 "other_shape": list(difference.reshaped[number]),
@@ -157,17 +161,17 @@ def _as_json(
         ]
     if stats:
         result["statistics"] = {
-            "base": str(opened[0].root),
-            "models": [str(checkpoint.root) for checkpoint in opened[1:]],
+            "base": str(opened[0].reference),
+            "models": [str(checkpoint.reference) for checkpoint in opened[1:]],
             "tensors": [entry.to_dict() for entry in statistics],
             "total": total_statistics(statistics, len(opened) - 1).to_dict(),
         }
     return result
 
 
-def _checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
+def _checkpoint_json(checkpoint: InputModel) -> dict[str, Any]:
     return {
-        "path": str(checkpoint.root),
+        "path": str(checkpoint.reference),
         "files": [{"file": Path(file.path).name, "bytes": file.size} for file in checkpoint.files],
         "dtypes": _dtypes(checkpoint),
         "tensors": [

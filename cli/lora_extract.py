@@ -10,8 +10,8 @@ from mergepipe.cli.options import json_option, print_json
 
 
 @click.command("lora-extract")
-@click.argument("base", type=click.Path(exists=True, file_okay=False))
-@click.argument("finetuned", type=click.Path(exists=True, file_okay=False))
+@click.argument("base")
+@click.argument("finetuned")
 @click.argument("out", type=click.Path())
 @click.option("--rank", type=click.IntRange(min=1), required=True, metavar="N", help="Rank of each pair, at the most.")
 @click.option("-i", "--include", multiple=True, metavar="REGEX", help="Only tensors whose name matches; repeatable.")
@@ -52,13 +52,15 @@ def command(
 ) -> None:
     """Write the LoRA adapter that turns BASE into FINETUNED.
 
-    OUT becomes a folder that PEFT loads. Matrices are read in pieces and factored one by one. Norms and biases that
+    Both are named as in a recipe: a folder, a file, a hub id, each with +ADAPTER if need be. OUT becomes a folder that
+    PEFT loads. Matrices are read in pieces and factored one by one. Norms and biases that
     changed, and embeddings, are saved whole. Interrupted, the same command goes on.
 
     \b
     Example:
       mergepipe lora-extract ./llama-base ./expert-math ./math-lora --rank 64
       mergepipe lora-extract ./llama-base ./expert-math ./math-lora --rank 16 -i self_attn --memory 2GiB
+      mergepipe lora-extract org/base org/base+./adapter ./smaller --rank 4
     """
     from mergepipe.cli.progress import progress
     from mergepipe.cli.run import stop_on_signal

@@ -15,7 +15,7 @@ import click
 def command(merged: str, task: str, out: str, base: str | None) -> None:
     """Write one task's own model from a merge.
 
-    OUT is the output of a merge with `heads: separate`, or by emr_unified.
+    OUT is the output of a merge with `heads: separate`, or by emr_unified: its folder, no hub id.
 
     \b
     Example:

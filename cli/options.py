@@ -60,6 +60,12 @@ work_option = click.option(
     help="The workspace: plan, manifests and statistics.",
 )
 
+tensors_option = click.option(
+    "--tensors",
+    type=click.Choice(["union", "intersection"]),
+    help="Merge tensors that not every model has from those that have them, or leave them out; else an error.",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

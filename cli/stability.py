@@ -74,6 +74,9 @@ def command(
 ) -> None:
     """Compare how a merged language model writes with how its parents do.
 
+    Models are folders that transformers loads as they are: no hub ids, no +ADAPTER; `mergepipe build` with
+    `merge_method: passthrough` makes such a folder of either.
+
     Every model continues every prompt, greedily and by seeded sampling (at --temperature, from the whole vocabulary).
     Shown of its continuations, the end token left out:
 

@@ -35,7 +35,7 @@ from mergepipe.pipeline.kinds import of_each_kind
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.masks import check_masks
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
-from mergepipe.pipeline.models import InputModel, open_models, stored_of
+from mergepipe.pipeline.models import Find, InputModel, find_folder, open_models, stored_of
 from mergepipe.pipeline.obstacles import abandoned_work, unfinished_names
 from mergepipe.pipeline.parsing import NOT_MERGED
 from mergepipe.pipeline.plan import Plan, PlannedTensor
@@ -176,7 +176,7 @@ def _build(order: Order, announce: Announcer) -> Plan:
     return planned[-1].plan
 
 
-def examine(order: Order, faults: Faults, announce: Announcer) -> Examined:
+def examine(order: Order, faults: Faults, announce: Announcer, find: Find = find_folder) -> Examined:
     """Look at everything that can be looked at before work begins; writes nothing.
 
     Parameters
@@ -185,6 +185,8 @@ def examine(order: Order, faults: Faults, announce: Announcer) -> Examined:
     faults : Faults
         Takes in whatever is wrong. Where it keeps faults, what they leave unclear is passed over.
     announce : Announcer
+    find : callable, optional
+        Says where models and adapters lie.
 
     Raises
     ------
@@ -193,7 +195,7 @@ def examine(order: Order, faults: Faults, announce: Announcer) -> Examined:
     RecipeError, CheckpointError, BudgetError, InTheWayError
         Unless `faults` keeps them.
     """
-    options = _options(order)
+    options = _options(order, find)
     examined = Examined(unchecked=("checkpoints", "tensors", *AFTER_TENSORS))
     with faults.taken():
         merges = load_chain(order.recipe, Path(order.work), order.overrides, faults=faults)
@@ -231,7 +233,7 @@ def _plan_all(
     take_together(errors, [merge.name for merge in merges[:-1]], faults)
 
 
-def _options(order: Order) -> _Options:
+def _options(order: Order, find: Find) -> _Options:
     return _Options(
         out=order.out,
         memory=None if order.memory is None else parse_bytes(order.memory),
@@ -240,6 +242,7 @@ def _options(order: Order) -> _Options:
         chunk_bytes=parse_bytes(order.chunk_size),
         shard_bytes=None if order.shard_size is None else parse_bytes(order.shard_size),
         tensors=order.tensors,
+        find=find,
     )
 
 
@@ -254,6 +257,7 @@ class _Options:
     chunk_bytes: int
     shard_bytes: int | None
     tensors: Differing | None
+    find: Find
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +294,7 @@ def _plan_merge(
         for found in before
     }
     examined.unchecked = ("tensors", *AFTER_TENSORS)
-    checkpoints = open_models(recipe.inputs, announce, made, faults)
+    checkpoints = open_models(recipe.inputs, announce, made, faults, options.find)
     sound = _without(recipe, {str(checkpoint.reference) for checkpoint in checkpoints})
     decisive = [fault.path for fault in faults.of_recipe() if ".parameters" not in fault.path]
     if not sound.sources or any(path.startswith(SHAPING) for path in decisive):

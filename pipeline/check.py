@@ -1,11 +1,13 @@
 """Checking a recipe: every fault of it and of its checkpoints at once, from headers alone.
 
 The way is that of a build (:func:`mergepipe.pipeline.build.examine`), which stops at the first stage with a fault; here
-each fault is kept and the way goes on with what is sound. Nothing is written.
+each fault is kept and the way goes on with what is sound. Nothing is written, and of models of the hub nothing fetched
+but headers and small files.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,13 @@ from mergepipe.errors import (
     UsageError,
     WorkspaceError,
 )
+from mergepipe.pipeline.align import Differing
 from mergepipe.pipeline.build import CHUNK_BYTES, Order, examine
 from mergepipe.pipeline.events import Announcer, Event, Note
 from mergepipe.pipeline.faults import Faults
 from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.remote import HeadersOnly
+from mergepipe.pipeline.space import check_room
 
 KINDS: tuple[tuple[type[MergepipeError], str], ...] = (
     (UsageError, "usage"),
@@ -95,12 +100,13 @@ def check(
     workers: int | None = None,
     shard_size: str | int | None = None,
     overrides: Sequence[str] = (),
+    tensors: Differing | None = None,
 ) -> Check:
     """Look at a recipe and the headers of its checkpoints for everything that a build would refuse.
 
     Parameters
     ----------
-    recipe, work, out, memory, workers, shard_size, overrides
+    recipe, work, out, memory, workers, shard_size, overrides, tensors
         As for :func:`mergepipe.pipeline.build.build`. The workspace need not exist, and is not made.
 
     Returns
@@ -119,8 +125,14 @@ def check(
             notes.append(event.text)
 
     faults = Faults(keep=True)
-    order = Order(recipe, work, out, memory, workers, "auto", CHUNK_BYTES, shard_size, tuple(overrides))
-    examined = examine(order, faults, Announcer(listen))
+    order = Order(
+        recipe, work, out, memory, workers, "auto", CHUNK_BYTES, shard_size, tuple(overrides), tensors=tensors
+    )
+    with tempfile.TemporaryDirectory(prefix="mergepipe-check-") as name:
+        outlines = HeadersOnly(Path(name))
+        examined = examine(order, faults, Announcer(listen), outlines.find)
+    with faults.taken():
+        check_room(outlines.needs)
     found = sorted((one for error in faults.errors for one in _found(error)), key=lambda one: one.code)
     plan = examined.planned[-1].plan if examined.abandoned else None
     told = [note for one in examined.planned for note in one.plan.notes] if plan else []

@@ -6,22 +6,54 @@ A comparison streams like a merge does: it holds one window of the base and of o
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mergepipe.errors import NonFiniteError
-from mergepipe.storage.checkpoint import Checkpoint, TensorEntry
+from mergepipe.pipeline.events import Announcer
+from mergepipe.pipeline.models import InputModel, as_stored, find_folder, open_model
+from mergepipe.pipeline.references import parse_reference
+from mergepipe.pipeline.remote import HeadersOnly
+from mergepipe.pipeline.weights import Weights
+from mergepipe.storage.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from mergepipe.storage.dtypes import DTYPES
-from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
-from mergepipe.storage.readers import MmapReader, Reader
-from mergepipe.tasks.convert import decode, decode_delta
-from mergepipe.tasks.method import Array
+from mergepipe.storage.readers import MmapReader
 
 WINDOW = 1 << 20
 """Elements decoded at a time."""
+
+
+def open_shown(texts: Sequence[str], announce: Announcer, *, values: bool) -> list[InputModel]:
+    """Open models to look at them.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        As a recipe names models; relative paths start from the current folder.
+    announce : Announcer
+        Told what is downloaded.
+    values : bool
+        Whether values are to be read, so that models come as a merge sees them. Otherwise they are shown as they are
+        stored, codes and scales too, unless there is an adapter on top; and of a hub id only headers are fetched.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    opened = []
+    with tempfile.TemporaryDirectory(prefix="mergepipe-inspect-") as name:
+        find = find_folder if values else HeadersOnly(Path(name)).find
+        for text in texts:
+            reference = parse_reference(text, Path.cwd())
+            if values or reference.adapter is not None:
+                opened.append(open_model(str(reference), announce, find=find))
+            else:
+                opened.append(as_stored(open_checkpoint(find(reference.model, announce)), reference))
+    return opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +155,12 @@ def task_vector_statistics(checkpoints: Sequence[Checkpoint]) -> Iterator[Tensor
         If a tensor holds a NaN or an infinity.
     """
     base, *others = checkpoints
-    manifests = [virtual_manifest(checkpoint) for checkpoint in checkpoints]
     with MmapReader() as reader:
+        models = [Weights(checkpoint, reader, "it can be neither measured nor merged") for checkpoint in checkpoints]
         for name, tensor in base.tensors.items():
             entries = [checkpoint.tensors.get(name) for checkpoint in others]
             if all(comparable(tensor, entry) for entry in (tensor, *entries)):
-                yield _statistics(name, tensor.shape, manifests, reader)
+                yield _statistics(name, tensor.shape, models)
 
 
 def comparable(first: TensorEntry, other: TensorEntry | None) -> bool:
@@ -136,36 +168,20 @@ def comparable(first: TensorEntry, other: TensorEntry | None) -> bool:
     return other is not None and other.shape == first.shape and DTYPES[other.dtype].role == "merged"
 
 
-def _statistics(
-    name: str, shape: tuple[int, ...], manifests: Sequence[ChunkManifest], reader: Reader
-) -> TensorStatistics:
+def _statistics(name: str, shape: tuple[int, ...], models: Sequence[Weights]) -> TensorStatistics:
     size = math.prod(shape)
-    squares = np.zeros(len(manifests))
-    nonzero = np.zeros(len(manifests), np.int64)
+    squares = np.zeros(len(models))
+    nonzero = np.zeros(len(models), np.int64)
     base, values = np.empty(min(size, WINDOW)), np.empty(min(size, WINDOW))
     for start in range(0, size, WINDOW):
         count = min(WINDOW, size - start)
-        for k, manifest in enumerate(manifests):
+        for k, model in enumerate(models):
             out = (values if k else base)[:count]
-            _decode_window(manifest, name, start, base[:count] if k else None, out, reader)
+            model.read(name, start, out, base[:count] if k else None)
             squares[k] += np.dot(out, out)
             nonzero[k] += np.count_nonzero(out)
+    for model in models:
+        model.release(name)
     norms = np.sqrt(squares)
     densities = nonzero[1:] / max(size, 1)
     return TensorStatistics(name, size, float(norms[0]), tuple(norms[1:].tolist()), tuple(densities.tolist()))
-
-
-def _decode_window(
-    manifest: ChunkManifest, name: str, start: int, base: Array | None, out: Array, reader: Reader
-) -> None:
-    """Decode `out.size` elements from `start` on; less the base's, if there is one."""
-    dtype = manifest.arrays[name].dtype
-    segments = manifest.segments(name, start, start + out.size)
-    with reader.window(segments, last=False) as window:
-        bits = window.view(DTYPES[dtype].bits)
-        bad = decode(bits, dtype, out) if base is None else decode_delta(bits, dtype, base, out)
-    if bad >= 0:
-        raise NonFiniteError(
-            f"'{name}' in '{segments[0].path}' holds a NaN or an infinity at flat index {start + bad}: "
-            "it can be neither measured nor merged"
-        )

@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mergepipe.errors import NonFiniteError
+from mergepipe.pipeline.weights import Weights
 from mergepipe.storage.checkpoint import Checkpoint
-from mergepipe.storage.dtypes import DTYPES
-from mergepipe.storage.manifest import virtual_manifest
 from mergepipe.storage.readers import Reader
-from mergepipe.tasks.convert import decode, decode_delta
 from mergepipe.tasks.method import Array
 from mergepipe.tasks.subspace.panels import Made, Panels, Span
 
@@ -36,6 +33,7 @@ class Deltas:
     Parameters
     ----------
     base, other : Checkpoint
+        Of an `InputModel`, what it stands for.
     reader : Reader
     check_stop : callable
         Raises if the work is to end; asked before each window.
@@ -43,8 +41,8 @@ class Deltas:
 
     def __init__(self, base: Checkpoint, other: Checkpoint, reader: Reader, check_stop: Callable[[], None]) -> None:
         self._checkpoints = (base, other)
-        self._manifests = (virtual_manifest(base), virtual_manifest(other))
-        self._reader = reader
+        remedy = "repair the model, or leave the tensor out with --exclude"
+        self._weights = tuple(Weights(one, reader, remedy) for one in (base, other))
         self._check_stop = check_stop
 
     def windows(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[Array]:
@@ -91,15 +89,11 @@ class Deltas:
             filled += window.size
         return torch.from_numpy(panel.reshape(-1, columns))
 
+    def release(self, name: str) -> None:
+        """Let go of what was held to read a tensor of either."""
+        for weights in self._weights:
+            weights.release(name)
+
     def _decode(self, which: int, name: str, first: int, out: Array, base: Array | None) -> None:
         self._check_stop()
-        manifest = self._manifests[which]
-        dtype = manifest.arrays[name].dtype
-        with self._reader.window(manifest.segments(name, first, first + out.size), last=False) as raw:
-            bits = raw.view(DTYPES[dtype].bits)
-            bad = decode(bits, dtype, out) if base is None else decode_delta(bits, dtype, base, out)
-        if bad >= 0:
-            raise NonFiniteError(
-                f"'{name}' of '{self._checkpoints[which].root}' holds a NaN or an infinity at element {first + bad:,} "
-                f"(flat index, row-major): repair the model, or leave the tensor out with --exclude"
-            )
+        self._weights[which].read(name, first, out, base)

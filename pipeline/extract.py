@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import sqrt
@@ -31,10 +31,12 @@ from mergepipe.pipeline.events import Announcer, Listener, Note, RunStarted, Ten
 from mergepipe.pipeline.lora import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Part, adapter_config, parts_of, targets
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, MIB, RESERVED_BYTES, TORCH_BYTES, parse_bytes
-from mergepipe.pipeline.models import open_all
+from mergepipe.pipeline.models import InputModel, open_models
 from mergepipe.pipeline.patterns import compile_pattern
+from mergepipe.pipeline.references import is_hub_id, parse_reference
 from mergepipe.pipeline.space import Need, check_room
 from mergepipe.pipeline.spool import Kept, Spool, Wanted
+from mergepipe.pipeline.weights import reading_bytes
 from mergepipe.storage.atomic import no_room_errors, write_atomic
 from mergepipe.storage.checkpoint import Checkpoint
 from mergepipe.storage.dtypes import DTYPES, MERGED_ALIASES
@@ -96,8 +98,8 @@ def extract_lora(
 
     Parameters
     ----------
-    base, finetuned : path
-        Checkpoints of the same tensors.
+    base, finetuned : path or str
+        Models of the same tensors, as a recipe names them: a folder, a file, a hub id, with an adapter or without.
     out : path
         The folder to write; must not exist, be empty, or hold unfinished work of the same extraction.
     wanted : Wanted
@@ -126,22 +128,28 @@ def extract_lora(
         The same call goes on.
     """
     _check_wanted(wanted)
-    opened = open_all([os.path.abspath(base), os.path.abspath(finetuned)])
+    announce = Announcer(on_event)
+    opened = open_models([str(parse_reference(os.fspath(one), Path.cwd())) for one in (base, finetuned)], announce)
+    for note in (note for model in opened for note in model.notes):
+        announce(Note(note))
     parts = _choose(opened[0], opened[1], wanted)
     allowed = parse_bytes(memory) if memory is not None else max(DEFAULT_ALLOWED, available_bytes() // 2)
-    capacity = _capacity(parts, wanted, allowed)
+    sizes = {part.name: projected_bytes(part, wanted) + _held(opened, part) for part in parts}
+    capacity = _capacity(sizes, allowed)
     job = Spool(opened[0], opened[1], Path(out).absolute(), wanted, parts)
-    outputs.check_folder(job.output, [str(checkpoint.root) for checkpoint in opened], job.ours())
+    inputs = [path for model in opened for path in (str(model.root), model.adapter) if path]
+    outputs.check_folder(job.output, inputs, job.ours())
     check_room([Need(job.output, job.most_bytes(), "the adapter")])
     spool = Workspace(job.root)
     spool.root.mkdir(parents=True, exist_ok=True)
     with no_room_errors(job.output), WorkspaceLock(spool), devices.one_thread(True):
         job.begin()
         drivers = Drivers(stop or threading.Event(), "the same command goes on with it")
-        announce = Announcer(on_event)
         with MmapReader() as reader:
             deltas = Deltas(opened[0], opened[1], reader, drivers.check_stop)
-            _factor_all(job, deltas, drivers, announce, capacity, workers or cpu_count())
+            _factor_all(
+                job, deltas, drivers, announce, Admission(capacity, drivers.check_stop), sizes, workers or cpu_count()
+            )
             extracted = _write(job, deltas, announce)
         shutil.rmtree(job.root)
     return extracted
@@ -232,14 +240,19 @@ def projected_bytes(part: Part, wanted: Wanted) -> int:
     return 8 * (floats + 4 * rank * (rows + columns)) + 2 * WINDOW_BYTES
 
 
-def _capacity(parts: Sequence[Part], wanted: Wanted, allowed: int) -> int:
+def _held(models: Sequence[InputModel], part: Part) -> int:
+    """Scales and factors that reading one tensor of both models holds."""
+    return sum(reading_bytes(model, part.name, 8) for model in models)
+
+
+def _capacity(sizes: Mapping[str, int], allowed: int) -> int:
     """What tensors at work may take together."""
     reserved = RESERVED_BYTES + TORCH_BYTES
-    largest = max(parts, key=lambda part: projected_bytes(part, wanted))
-    need = projected_bytes(largest, wanted)
+    largest = max(sizes, key=lambda name: sizes[name])
+    need = sizes[largest]
     if need > allowed - reserved:
         raise MemoryBudgetError(
-            f"'{largest.name}' takes {need / MIB:,.0f} MiB to factor, beside the {reserved / MIB:,.0f} MiB that the "
+            f"'{largest}' takes {need / MIB:,.0f} MiB to factor, beside the {reserved / MIB:,.0f} MiB that the "
             f"program itself takes, and {allowed / MIB:,.0f} MiB are allowed: the smallest ceiling that would do is "
             f"--memory {-(-(need + reserved) // MIB)}MiB; or lower --rank, or --exclude it"
         )
@@ -249,20 +262,28 @@ def _capacity(parts: Sequence[Part], wanted: Wanted, allowed: int) -> int:
 # -- the work
 
 
-def _factor_all(job: Spool, deltas: Deltas, drivers: Drivers, announce: Announcer, capacity: int, workers: int) -> None:
-    sizes = [job.base.tensors[part.name].nbytes for part in job.parts]
+def _factor_all(
+    job: Spool,
+    deltas: Deltas,
+    drivers: Drivers,
+    announce: Announcer,
+    admission: Admission,
+    sizes: Mapping[str, int],
+    workers: int,
+) -> None:
+    stored = [job.base.tensors[part.name].nbytes for part in job.parts]
     left = [number for number, part in enumerate(job.parts) if job.kept(part) is None]
-    done = sum(sizes) - sum(sizes[number] for number in left)
-    announce(RunStarted(sum(sizes), len(job.parts), done))
+    done = sum(stored) - sum(stored[number] for number in left)
+    announce(RunStarted(sum(stored), len(job.parts), done))
     if done:
         announce(Note(f"going on with earlier work: {len(job.parts) - len(left)} of {len(job.parts)} tensors are done"))
-    admission = Admission(capacity, drivers.check_stop)
 
     def work(bundle: list[int]) -> None:
         part = job.parts[bundle[0]]
-        with admission.holding(projected_bytes(part, job.wanted)):
+        with admission.holding(sizes[part.name]):
             _factor(job, deltas, part)
-        announce(UnitFinished(part.name, "factor", sizes[bundle[0]]))
+            deltas.release(part.name)
+        announce(UnitFinished(part.name, "factor", stored[bundle[0]]))
         announce(TensorFinished(part.name))
 
     drivers.drive(([number] for number in left), work, workers)
@@ -324,7 +345,7 @@ def _write(job: Spool, deltas: Deltas, announce: Announcer) -> Extracted:
     _write_weights(job, deltas, {part: found[part] for part in pairs}, named)
     ranks = {part.module: found[part].rank for part in pairs}
     config = adapter_config(
-        str(job.base.root),
+        str(job.base.reference),
         job.base.config,
         max(ranks.values(), default=job.wanted.rank),
         ranks,
@@ -395,13 +416,15 @@ def _write_whole(writer: ShardWriter, offset: int, dtype: str, deltas: Deltas, n
         data = np.frombuffer(_encoded(values, dtype, name), np.uint8)
         writer.write(offset, data)
         offset += data.nbytes
+    deltas.release(name)
 
 
 def _card(job: Spool, ranks: dict[str, int], energy: float) -> str:
-    base = job.base.root
+    reference = job.base.reference
+    base = str(reference) if is_hub_id(reference.model) else reference.label
     return (
-        f"---\nbase_model: {json.dumps(str(base.name))}\nlibrary_name: peft\ntags: [lora, mergepipe]\n---\n\n"
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: peft\ntags: [lora, mergepipe]\n---\n\n"
         f"# A LoRA adapter\n\nExtracted by [mergepipe](https://pypi.org/project/mergepipe/) {version('mergepipe')} "
-        f"from a fine-tune of `{base.name}`: {len(ranks)} modules, rank {max(ranks.values(), default=0)} at the most, "
+        f"from a fine-tune of `{base}`: {len(ranks)} modules, rank {max(ranks.values(), default=0)} at the most, "
         f"{energy:.2%} of their update's squared norm.\n"
     )

@@ -8,8 +8,9 @@ folder that a plan reads is that commit's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +38,36 @@ Fetch = Callable[[str], Path]
 """Brings one file of a commit into the cache: its path there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What a hub says of a model at one commit.
+
+    Attributes
+    ----------
+    hub_id : str
+        As it was asked for.
+    name, commit : str
+    revision : str or None
+        Branch or tag, as it was asked for.
+    wanted : tuple of str
+        The files that a merge needs.
+    weights : frozenset of str
+        Those of them that hold tensors.
+    left : dict of str to int
+        Those of them that are not in the cache, and their sizes.
+    cache : Path
+    """
+
+    hub_id: str
+    name: str
+    revision: str | None
+    commit: str
+    wanted: tuple[str, ...]
+    weights: frozenset[str]
+    left: dict[str, int]
+    cache: Path
+
+
 def fetch(hub_id: str, announce: Announcer) -> Path:
     """The folder of a model of the hub, in the cache; what is missing there is downloaded.
 
@@ -62,6 +93,15 @@ def fetch(hub_id: str, announce: Announcer) -> Path:
     DiskFullError
         If there is no room for what is to be downloaded.
     """
+    found = ask(hub_id, announce)
+    return found if isinstance(found, Path) else fetch_files(found, announce)
+
+
+def ask(hub_id: str, announce: Announcer) -> Commit | Path:
+    """What the hub has under an id; if it can't be asked, the folder of an earlier download. Raises as :func:`fetch`.
+
+    Of the files, only an index is fetched.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
@@ -69,7 +109,7 @@ def fetch(hub_id: str, announce: Announcer) -> Path:
             f"'{hub_id}' is no folder; to fetch it from the hub, install mergepipe[hub]"
         ) from error
     name, revision = split_revision(hub_id)
-    with _explained(hub_id), _without_bars():
+    with explained(hub_id), _without_bars():
         try:
             found = huggingface_hub.HfApi().model_info(name, revision=revision, files_metadata=True)
         except Exception as error:
@@ -81,23 +121,42 @@ def fetch(hub_id: str, announce: Announcer) -> Path:
         def get(file: str) -> Path:
             return Path(huggingface_hub.hf_hub_download(name, file, revision=found.sha))
 
-        wanted = wanted_files(sizes, get, hub_id)
+        wanted, weights = wanted_files(sizes, get, hub_id)
         cached = huggingface_hub.try_to_load_from_cache
         left = {file: sizes[file] for file in wanted if not isinstance(cached(name, file, revision=found.sha), str)}
         total, whole = sum(left.values()), sum(sizes[file] for file in wanted)
         counted = f"{len(wanted)} files, {whole:,} bytes, {total:,} of them to be downloaded"
         announce(Note(f"'{hub_id}' is commit {found.sha}: {counted}"))
-        check_room([Need(Path(huggingface_hub.constants.HF_HUB_CACHE), total, f"the download of '{hub_id}'")])
+        cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+        return Commit(hub_id, name, revision, str(found.sha), tuple(wanted), frozenset(weights), left, cache)
+
+
+def fetch_files(commit: Commit, announce: Announcer, leave: Collection[str] = ()) -> Path:
+    """Download what is not in the cache, but for the files to `leave`, which are not all; the folder there.
+
+    Raises as :func:`fetch`.
+    """
+    import huggingface_hub
+
+    left = {file: size for file, size in commit.left.items() if file not in leave}
+    total = sum(left.values())
+    with explained(commit.hub_id), _without_bars():
+
+        def get(file: str, revision: str | None) -> Path:
+            return Path(huggingface_hub.hf_hub_download(commit.name, file, revision=revision))
+
+        check_room([Need(commit.cache, total, f"the download of '{commit.hub_id}'")])
         for file, size in left.items():
-            get(file)
-            announce(DownloadProgress(hub_id, size, total))
+            get(file, commit.commit)
+            announce(DownloadProgress(commit.hub_id, size, total))
+        first = next(file for file in commit.wanted if file not in leave)
         # By its own name once, so that the cache knows which commit that is when the hub can't be asked.
-        huggingface_hub.hf_hub_download(name, wanted[0], revision=revision)
-        return get(wanted[0]).parent
+        get(first, commit.revision)
+        return get(first, commit.commit).parent
 
 
-def wanted_files(sizes: Mapping[str, int], get: Fetch, hub_id: str) -> list[str]:
-    """Which files of a repository a merge needs.
+def wanted_files(sizes: Mapping[str, int], get: Fetch, hub_id: str) -> tuple[list[str], list[str]]:
+    """Which files of a repository a merge needs, and which of these hold the weights.
 
     Parameters
     ----------
@@ -125,7 +184,7 @@ def wanted_files(sizes: Mapping[str, int], get: Fetch, hub_id: str) -> list[str]
         and (fnmatch(name, "*.json") or any(fnmatch(name, pattern) for pattern in outputs.SIDECARS))
         and not name.endswith((".safetensors", *PICKLED_SUFFIXES))
     ]
-    return [*sorted(beside), *sorted(weights)]
+    return [*sorted(beside), *sorted(weights)], weights
 
 
 def _weights(sizes: Mapping[str, int], get: Fetch) -> list[str]:
@@ -173,7 +232,7 @@ def _cached(hub_id: str, error: Exception, announce: Announcer) -> Path:
 
 
 @contextmanager
-def _explained(hub_id: str) -> Iterator[None]:
+def explained(hub_id: str) -> Iterator[None]:
     """Turn the hub's answers into errors of ours that say what to do."""
     from huggingface_hub import errors
 

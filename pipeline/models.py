@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 Found = TypeVar("Found", bound=Checkpoint)
 
+Find = Callable[[str, Announcer], Path]
+"""From one part of a parsed reference to the folder or the file; told what it downloads."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputModel(Checkpoint):
@@ -79,8 +82,24 @@ def as_models(checkpoints: Sequence[Checkpoint], texts: Sequence[str]) -> list[I
     return [one if isinstance(one, InputModel) else as_stored(one, parse_reference(text)) for one, text in pairs]
 
 
+def find_folder(place: str, announce: Announcer) -> Path:
+    """Where one part of a reference lies; what is a hub id is downloaded, as far as the cache does not have it.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`mergepipe.pipeline.hub.fetch`.
+    """
+    from mergepipe.pipeline.hub import fetch
+
+    return fetch(place, announce) if is_hub_id(place) else Path(place)
+
+
 def open_model(
-    text: str, announce: Announcer | None = None, made: Mapping[str, Checkpoint] | None = None
+    text: str,
+    announce: Announcer | None = None,
+    made: Mapping[str, Checkpoint] | None = None,
+    find: Find = find_folder,
 ) -> InputModel:
     """Open a model by what a parsed recipe calls it. No tensor is read.
 
@@ -91,6 +110,8 @@ def open_model(
         Told what is downloaded, if it is a model of the hub.
     made : mapping of str to Checkpoint, optional
         By folder, models that are not there yet, as they will be.
+    find : callable, optional
+        Says where models and adapters lie.
 
     Raises
     ------
@@ -103,15 +124,9 @@ def open_model(
 
     reference = parse_reference(text)
     announce = announce or Announcer(None)
-    found = (made or {}).get(reference.model) or open_checkpoint(_folder(reference.model, announce))
+    found = (made or {}).get(reference.model) or open_checkpoint(find(reference.model, announce))
     model = dequantise(as_stored(found, reference))
-    return model if reference.adapter is None else apply_adapter(model, _folder(reference.adapter, announce))
-
-
-def _folder(place: str, announce: Announcer) -> Path:
-    from mergepipe.pipeline.hub import fetch
-
-    return fetch(place, announce) if is_hub_id(place) else Path(place)
+    return model if reference.adapter is None else apply_adapter(model, find(reference.adapter, announce))
 
 
 def open_models(
@@ -119,13 +134,14 @@ def open_models(
     announce: Announcer | None = None,
     made: Mapping[str, Checkpoint] | None = None,
     faults: Faults = FIRST,
+    find: Find = find_folder,
 ) -> list[InputModel]:
     """Open several models; what is wrong with them is told together.
 
     Parameters
     ----------
     texts : sequence of str
-    announce, made : optional
+    announce, made, find : optional
         As for :func:`open_model`.
     faults : Faults, optional
         Takes in what is wrong; where it keeps that, the models that are sound come back.
@@ -134,17 +150,7 @@ def open_models(
     ------
     CheckpointError
     """
-    return _together(lambda text: open_model(text, announce, made), texts, faults)
-
-
-def open_all(paths: Sequence[str]) -> list[Checkpoint]:
-    """Open several checkpoints as they are stored; what is wrong with them is told together.
-
-    Raises
-    ------
-    CheckpointError
-    """
-    return _together(lambda path: open_checkpoint(Path(path)), paths, FIRST)
+    return _together(lambda text: open_model(text, announce, made, find), texts, faults)
 
 
 def _together(opening: Callable[[str], Found], texts: Sequence[str], faults: Faults) -> list[Found]:

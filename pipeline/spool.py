@@ -14,8 +14,9 @@ from typing import Literal
 from mergepipe.errors import OutputExistsError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.lora import ADAPTER_CONFIG, ADAPTER_NAME, Part
+from mergepipe.pipeline.models import InputModel
 from mergepipe.storage.atomic import write_atomic
-from mergepipe.storage.checkpoint import Checkpoint, fingerprint
+from mergepipe.storage.checkpoint import fingerprint
 from mergepipe.storage.dtypes import DTYPES, MERGED_ALIASES
 
 SPOOL = ".mergepipe-lora"
@@ -90,7 +91,7 @@ class Spool:
 
     Parameters
     ----------
-    base, other : Checkpoint
+    base, other : InputModel
     output : Path
         The adapter's folder.
     wanted : Wanted
@@ -99,14 +100,15 @@ class Spool:
     """
 
     def __init__(
-        self, base: Checkpoint, other: Checkpoint, output: Path, wanted: Wanted, parts: Sequence[Part]
+        self, base: InputModel, other: InputModel, output: Path, wanted: Wanted, parts: Sequence[Part]
     ) -> None:
         self.base = base
         self.output = output
         self.wanted = wanted
         self.parts = tuple(parts)
         self.root = output / SPOOL
-        record = [FORMAT, version("mergepipe"), fingerprint(base), fingerprint(other), repr(wanted)]
+        models = [(fingerprint(model), repr(model.adjust)) for model in (base, other)]
+        record = [FORMAT, version("mergepipe"), *models, repr(wanted)]
         self._id = hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
     def dtype(self, name: str) -> str:

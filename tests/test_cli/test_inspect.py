@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from mergepipe.cli.main import main
 from mergepipe.pipeline import compare
@@ -79,5 +81,43 @@ def test_nan_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors["norm.weight"][2] = np.nan
     save_file(tensors, path)
     assert main(["inspect", "base", "expert-2", "--stats"]) == 4
-    assert "'norm.weight' in" in (told := capsys.readouterr().err)
-    assert "flat index 2" in told
+    told = capsys.readouterr().err
+    assert f"'norm.weight' of '{models}/expert-2'" in told
+    assert "element 2 (flat index" in told
+
+
+def test_a_model_is_named_as_in_a_recipe(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With an adapter it is what the adapter makes of it; a file stands for itself; 8-bit codes are shown as stored."""
+    rng = np.random.default_rng(0)
+    base = load_file(models / "base" / "model.safetensors")
+    name = next(name for name, value in base.items() if value.ndim == 2)
+    rows, columns = base[name].shape
+    factors = {"A": rng.normal(size=(2, columns)), "B": rng.normal(size=(rows, 2))}
+    (models / "lora").mkdir()
+    stem = name.removesuffix(".weight")
+    save_file(
+        {f"base_model.model.{stem}.lora_{side}.weight": value.astype(np.float32) for side, value in factors.items()},
+        models / "lora" / "adapter_model.safetensors",
+    )
+    (models / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 6}')
+    found = inspected(capsys, "base/model.safetensors", "base+lora", "--stats")["statistics"]
+    assert found["models"] == [f"{models}/base+{models}/lora"]
+    norms = {entry["name"]: entry["norms"][0] for entry in found["tensors"]}
+    assert norms.pop(name) == pytest.approx(np.linalg.norm(3 * factors["B"] @ factors["A"]), rel=1e-5)
+    assert set(norms.values()) == {0.0}
+    assert {tensor["name"] for tensor in inspected(capsys, "base+lora")["checkpoints"][0]["tensors"]} == base.keys()
+
+
+def test_8_bit_weights_are_compared_as_what_they_stand_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = torch.arange(-8.0, 8.0).reshape(4, 4)
+    for model, tensors in (
+        ("codes", {"w.weight": numbers.to(torch.float8_e4m3fn), "w.weight_scale_inv": torch.tensor([[0.5]])}),
+        ("plain", {"w.weight": (numbers / 2).bfloat16()}),
+    ):
+        (tmp_path / model).mkdir()
+        save_torch(tensors, tmp_path / model / "model.safetensors")
+    listed = inspected(capsys, str(tmp_path / "codes"))["checkpoints"][0]
+    assert set(listed["dtypes"]) == {"F8_E4M3", "F32"}
+    found = inspected(capsys, str(tmp_path / "plain"), str(tmp_path / "codes"), "--stats")
+    assert found["statistics"]["total"]["norms"] == [0.0]
+    assert found["differences"][0]["extra"] == found["differences"][0]["other_dtype"] == []

@@ -312,3 +312,37 @@ def test_the_ceiling_is_kept(shape: tuple[int, int], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) <= least
+
+
+def test_models_are_named_as_in_a_recipe(llama: Family, tmp_path: Path) -> None:
+    """An adapter taken out of `base+adapter` is that adapter; the base may be one file of PyTorch's."""
+    first = extract(llama, tmp_path / "first", 3, skip_undecomposable=True)
+    torch.save(read_tensors(llama.base), tmp_path / "base.bin")
+    made = extract_lora(tmp_path / "base.bin", f"{llama.base}+{first.output}", tmp_path / "second", Wanted(3))
+    assert made.ranks == first.ranks
+    assert made.whole == made.left_out == ()
+    config = json.loads((made.output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base.bin")
+    products = [updates(one.output, made.ranks) for one in (first, made)]
+    for module, product in products[0].items():
+        torch.testing.assert_close(products[1][module], product, rtol=1e-4, atol=2e-6)
+
+
+def updates(adapter: Path, modules: dict[str, int]) -> dict[str, torch.Tensor]:
+    tensors = load_file(adapter / ADAPTER_NAME)
+    halves = {m: [tensors[f"base_model.model.{m}.lora_{side}.weight"].double() for side in "BA"] for m in modules}
+    return {module: left @ right for module, (left, right) in halves.items()}
+
+
+def test_another_scale_of_the_adapter_is_other_work(llama: Family, tmp_path: Path) -> None:
+    """What an interrupted extraction has kept is not taken for that of an adapter that was changed since."""
+    first = extract(llama, tmp_path / "first", 2)
+    stop = threading.Event()
+    stop.set()
+    named = f"{llama.base}+{first.output}"
+    with pytest.raises(errors.Interrupted):
+        extract_lora(llama.base, named, tmp_path / "second", Wanted(2), stop=stop)
+    config = json.loads((first.output / "adapter_config.json").read_text())
+    (first.output / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+    with pytest.raises(errors.OutputExistsError, match="unfinished work of another extraction"):
+        extract_lora(llama.base, named, tmp_path / "second", Wanted(2))

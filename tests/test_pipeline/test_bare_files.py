@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mergepipe
 from mergepipe.errors import TensorMismatchError
+from mergepipe.pipeline.check import check
 
 SHAPES = {"unet.conv.weight": (4, 3, 3, 3), "unet.norm.bias": (4,), "logit_scale": ()}
 
@@ -64,6 +65,8 @@ def test_files_that_differ_are_an_error_by_default(files: dict[str, Any], tmp_pa
     with pytest.raises(TensorMismatchError, match="--tensors union or intersection") as caught:
         merge(tmp_path, "linear", list(files))
     assert "'only_b' is in" in str(caught.value)
+    assert {fault.kind for fault in check(tmp_path / "r.yaml", tmp_path / "w2").faults} == {"checkpoint"}
+    assert check(tmp_path / "r.yaml", tmp_path / "w2", tensors="union").faults == ()
 
 
 def test_the_intersection(files: dict[str, Any], tmp_path: Path) -> None:

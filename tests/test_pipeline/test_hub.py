@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,9 +17,13 @@ import yaml
 from safetensors.torch import save_file
 
 import mergepipe
+from mergepipe.cli.main import main
 from mergepipe.errors import CheckpointError, CheckpointNotFoundError
+from mergepipe.pipeline.check import check
 from mergepipe.pipeline.events import Announcer, DownloadProgress, Event, Note
 from mergepipe.pipeline.hub import fetch, wanted_files
+from mergepipe.pipeline.remote import FIRST_BYTES
+from mergepipe.pipeline.summary import summarize
 from support.checkpoints import read_tensors
 
 hub = pytest.importorskip("huggingface_hub")
@@ -31,6 +36,7 @@ class Hub(BaseHTTPRequestHandler):
 
     root: ClassVar[Path]
     asked: ClassVar[list[str]]
+    sent: ClassVar[dict[str, int]]
     gated: ClassVar[set[str]] = set()
     protocol_version = "HTTP/1.1"
 
@@ -82,11 +88,14 @@ class Hub(BaseHTTPRequestHandler):
             return
         data = (folder / file).read_bytes()
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMITS[folder.name]}
-        start = 0
+        start, stop = 0, len(data)
         if wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._send(206 if start else 200, data[start:], headers | {"Accept-Ranges": "bytes"})
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(stop, int(last) + 1 if last else stop)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        if self.command == "GET":
+            self.sent[file] = self.sent.get(file, 0) + stop - start
+        self._send(206 if wanted else 200, data[start:stop], headers | {"Accept-Ranges": "bytes"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -104,7 +113,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The root of a hub that huggingface_hub now talks to; an empty cache."""
-    Hub.root, Hub.asked, Hub.gated = tmp_path / "hub", [], set()
+    Hub.root, Hub.asked, Hub.sent, Hub.gated = tmp_path / "hub", [], {}, set()
     Hub.root.mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
@@ -220,6 +229,92 @@ def test_a_download_goes_on(served: Path, tmp_path: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == data
 
 
+BIG = 400_000
+"""Bytes of a tensor that dwarfs every header."""
+
+
+def put_big(root: Path, name: str, shape: tuple[int, ...] = (BIG // 4,), extra: int = 0) -> None:
+    """A model of two shards; with `extra`, that many small tensors, which make for a long header."""
+    folder = root / name / "main"
+    folder.mkdir(parents=True)
+    more = {f"extra.{number:04}.weight": torch.zeros(1) for number in range(extra)}
+    for file, tensors in (("1", {"a": torch.ones(shape), **more}), ("2", {"b": torch.ones(BIG // 4)})):
+        save_file(tensors, folder / f"{file}.safetensors")
+    weight_map = {"a": "1.safetensors", "b": "2.safetensors"} | dict.fromkeys(more, "1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+
+
+def recipe_of(*names: str) -> dict[str, Any]:
+    return {"merge_method": "linear", "models": [{"model": n, "parameters": {"weight": 1}} for n in names]}
+
+
+def test_a_check_fetches_headers_only(served: Path, tmp_path: Path) -> None:
+    """Of the weights a few bytes; what it says of the merge is what `build` says after the download."""
+    put_big(served, "org/base", extra=4000)
+    put_big(served, "org/fine", extra=4000)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_of("org/base", "org/fine")))
+    checked = check(tmp_path / "r.yaml", tmp_path / "w")
+    assert checked.faults == ()
+    sent = {file: size for file, size in Hub.sent.items() if file.endswith(".safetensors")}
+    header = int.from_bytes((served / "org/base/main/1.safetensors").read_bytes()[:8], "little")
+    assert header > FIRST_BYTES
+    assert sent == {"1.safetensors": 2 * (header + 8), "2.safetensors": 2 * FIRST_BYTES}
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert any("to be downloaded" in note for note in checked.notes)
+    plan = mergepipe.build(tmp_path / "r.yaml", tmp_path / "w")
+    told = [
+        {k: v for k, v in summarize(one).items() if k not in ("id", "models")} for one in (checked.plan, plan) if one
+    ]
+    assert len(told) == 2
+    assert told[0] == told[1]
+    Hub.sent.clear()
+    assert check(tmp_path / "r.yaml", tmp_path / "w2").plan == plan
+    assert not [file for file in Hub.sent if file.endswith(".safetensors")]
+
+
+def test_inspecting_fetches_headers_only(served: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_big(served, "org/base", extra=100)
+    assert main(["inspect", "org/base", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert (found["path"], len(found["tensors"])) == ("org/base", 102)
+    assert all(size <= FIRST_BYTES for file, size in Hub.sent.items() if file.endswith(".safetensors"))
+
+
+def test_a_check_from_afar_finds_what_is_wrong(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape, a file cut off on the hub, and too little room for the download."""
+    put_big(served, "org/base")
+    put_big(served, "org/wide", (BIG // 8, 2))
+    put_big(served, "org/cut")
+    path = served / "org/cut/main/2.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of("org/base", "org/wide")))
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda path: usage._replace(free=1_500_000))
+        faults = {fault.kind: fault.message for fault in check(recipe, tmp_path / "w").faults}
+    assert "'a' is (100000,)" in faults["checkpoint"]
+    assert "(50000, 2)" in faults["checkpoint"]
+    assert "the download of 'org/base'" in faults["disk"]
+    recipe.write_text(yaml.safe_dump(recipe_of("org/base", "org/cut")))
+    (fault,) = check(recipe, tmp_path / "w").faults
+    assert "2.safetensors" in fault.message
+    assert "truncated" in fault.message
+
+
+def test_a_check_of_pytorch_files_downloads_them(served: Path, tmp_path: Path) -> None:
+    """And says so: they have no header that could be read alone."""
+    folder = served / "org" / "old" / "main"
+    folder.mkdir(parents=True)
+    torch.save({"a": torch.ones(3)}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_of("org/old")))
+    checked = check(tmp_path / "r.yaml", tmp_path / "w")
+    assert checked.faults == ()
+    assert any("can't be looked at without a download" in note for note in checked.notes)
+
+
 def test_what_the_hub_refuses(served: Path) -> None:
     """Each with the contract's exit code 4 and what to do."""
     put(served, "org/base", 1)
@@ -241,9 +336,10 @@ def test_what_is_wanted_of_a_repository() -> None:
     names = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "tokenizer.json", "x.py"]
     sizes = dict.fromkeys(names, 1)
     get: Any = None
-    assert wanted_files(sizes, get, "o/n") == ["adapter_config.json", "tokenizer.json", "adapter_model.safetensors"]
+    weights = ["adapter_model.safetensors"]
+    assert wanted_files(sizes, get, "o/n") == (["adapter_config.json", "tokenizer.json", *weights], weights)
     sizes = dict.fromkeys(["pytorch_model.bin", "training_args.bin", "config.json", "flax_model.msgpack"], 1)
-    assert wanted_files(sizes, get, "o/n") == ["config.json", "pytorch_model.bin"]
+    assert wanted_files(sizes, get, "o/n") == (["config.json", "pytorch_model.bin"], ["pytorch_model.bin"])
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
