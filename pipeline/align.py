@@ -219,7 +219,8 @@ class _Whole:
             expected = {name: entry.shape for name, entry in mine_first.items()}
             spared = {name for name, entry in mine_first.items() if _is_made_anew(name, entry, first)}
             if not any(self.aligners[number].problems for number in mine) and not self.found.problems:
-                found = stack.problems(made, expected, left_out | spared)
+                by_token = vocabulary_tensors(self.checkpoints) if self.recipe.tokenizer is None else {}
+                found = stack.problems(made, expected, left_out | spared, by_token)
                 self.problems |= {text: [remedy] for text, remedy in found.items()}
             changes, notes = stack.changes(configs)
             _join(config, changes)

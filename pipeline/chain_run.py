@@ -16,12 +16,15 @@ from mergepipe.errors import Interrupted
 from mergepipe.pipeline import changes, outputs
 from mergepipe.pipeline.chain_plan import is_whole
 from mergepipe.pipeline.events import Announcer, Note
+from mergepipe.pipeline.handover import check_command
 from mergepipe.pipeline.models import open_model
+from mergepipe.pipeline.move import move_output
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.records import MANIFEST_NAME
-from mergepipe.pipeline.schedule import ceiling_of
+from mergepipe.pipeline.schedule import ceiling_of, schedule
+from mergepipe.pipeline.vocabulary_rows import make_late_rows
 from mergepipe.storage.kerchunk import REFERENCES, write_references
-from mergepipe.storage.manifest import virtual_manifest
+from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 
 Run = TypeVar("Run", bound=Callable[..., Any])
@@ -31,22 +34,36 @@ def earlier_first(run: Run) -> Run:
     """Have a function that runs one workspace run those of earlier merges first.
 
     The workspace stays locked meanwhile. Complete files are handed over to a command of the user's, the output is
-    moved, and diagnostics made, for the result only; whether there is room for the last is seen before anything runs.
+    moved, and diagnostics made, for the result only; what would be refused there is refused before anything runs.
     """
 
     @functools.wraps(run)
     def run_chain(work: str | Path = ".mergepipe", **options: Any) -> Any:
         root = Workspace(Path(work))
         if root.earlier() and outputs.finished(last := Plan.from_json(root.read_plan())) is None:
-            if options.get("diagnostics"):
-                ceiling = ceiling_of(last, options.get("memory"), options.get("workers"))
-                changes.check(last, ceiling, options.get("on_shard"))
             own = {**options, "on_shard": None, "out": None, "diagnostics": False}
             with WorkspaceLock(root):
+                _check_result(root, last, options)
                 _run_earlier(root, lambda workspace: run(workspace.root, **own), options)
         return run(work, **options)
 
     return cast(Run, run_chain)
+
+
+def _check_result(root: Workspace, last: Plan, options: dict[str, Any]) -> None:
+    """Refuse what the last merge would refuse, and move its output."""
+    command = options.get("on_shard")
+    if command is not None:
+        check_command(command)
+    if options.get("out") is not None:
+        last = move_output(
+            last, root, options["out"], restart=options.get("restart", False), handed_over=command is not None
+        )
+    ceiling = ceiling_of(last, options.get("memory"), options.get("workers"))
+    if options.get("diagnostics"):
+        changes.check(last, ceiling, command)
+    for stage in last.stages:
+        schedule(stage, ceiling, gathered=[model.store == "copy" for model in stage.models])
 
 
 def plans(root: Workspace) -> list[tuple[str, Workspace, Plan]]:
@@ -94,7 +111,7 @@ def _drop(workspace: Workspace, plan: Plan) -> None:
 
 
 def _take_in(workspace: Workspace, plan: Plan) -> None:
-    """Make the chunk manifests of what was made before and is read now."""
+    """Make the chunk manifests of what was made before and is read now, and rows that were waiting for it."""
     for number, model in enumerate(plan.models):
         path = workspace.manifest_file(number, model.label)
         if model.made and not path.exists():
@@ -102,3 +119,9 @@ def _take_in(workspace: Workspace, plan: Plan) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_references(manifest, path.parent / REFERENCES)
             manifest.save(path)
+    manifests = {
+        number: ChunkManifest.load(workspace.manifest_file(number, model.label))
+        for number, model in enumerate(plan.models)
+        if plan.vocabulary is not None and model.role != "carried"
+    }
+    make_late_rows(workspace.vocabulary, plan.vocabulary, [model.path for model in plan.models], manifests)

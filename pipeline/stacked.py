@@ -73,7 +73,9 @@ class Stack:
         """Layers that the model has whose configuration is kept; 0 if it has no such stack."""
         return layer_counts(self.first.tensors).get(self.stack, 0)
 
-    def problems(self, made: Shapes, expected: Shapes, left_out: Collection[str]) -> dict[str, str]:
+    def problems(
+        self, made: Shapes, expected: Shapes, left_out: Collection[str], by_token: Collection[str] = ()
+    ) -> dict[str, str]:
         """What the kept configuration does not describe, with remedies.
 
         Parameters
@@ -84,6 +86,8 @@ class Stack:
             Shapes of the tensors of the same tower in the first source.
         left_out : collection of str
             Names left out with a note, or that need not be there.
+        by_token : collection of str
+            Names of tensors with a row per token, where the recipe leaves vocabularies as they are.
         """
         remedy = f"the configuration of '{self.path}' is kept, and slices have to fit it: name another `base_model`"
         if not self.count:
@@ -98,7 +102,9 @@ class Stack:
                 found[f"the slices make '{name}', such as '{self.path}' has none"] = remedy
             elif shape not in shapes:
                 there = " or ".join(str(shape) for shape in sorted(shapes))
-                found[f"the slices make '{name}' of {shape}, in '{self.path}' it is {there}"] = remedy
+                vocabulary = "for vocabularies that differ, say `tokenizer_source: union` or `base`"
+                text = f"the slices make '{name}' of {shape}, in '{self.path}' it is {there}"
+                found[text] = vocabulary if name in by_token else remedy
         alone = {f"{self.stack}.0.{kind}" for kind in only_in_first(expected, self.stack)}
         for name in expected:
             if name not in made and name not in left_out and (stack_of(name) != self.stack or name in alone):

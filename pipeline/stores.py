@@ -49,7 +49,7 @@ def write_workspace(
     """
     manifests = _write_stores(workspace, plan, checkpoints, announce)
     if vocabulary is not None:
-        write_rows(workspace.vocabulary, vocabulary, checkpoints, manifests)
+        write_rows(workspace.vocabulary, vocabulary, [model.path for model in plan.models], manifests)
     workspace.write_beside({} if beside is None else beside.contents)
     workspace.write_plan(plan.to_json())
 

@@ -244,6 +244,23 @@ def written_files(merged: MergedVocabulary) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in tokenizer_files(folder)}
 
 
+def finds_entries(tokenizer: Tokenizer) -> str | None:
+    """How a tokenizer finds new entries of its vocabulary in texts without any rule for them; None if it does not.
+
+    A byte-pair encoding gets nowhere without merge rules, unless it takes whole words first; the new pieces of a
+    unigram model score too low to be taken for anything that it can write already.
+    """
+    model = getattr(getattr(tokenizer.loaded, "backend_tokenizer", None), "model", None)
+    kind = type(model).__name__
+    if kind == "BPE" and getattr(model, "ignore_merges", False):
+        return "takes whole words from its vocabulary before it applies merge rules (ignore_merges)"
+    whole = {
+        "WordPiece": "takes the longest entries that fit (WordPiece)",
+        "WordLevel": "takes whole words (WordLevel)",
+    }
+    return whole.get(kind)
+
+
 def _forget_this_machine(path: Path) -> None:
     config = json.loads(path.read_bytes())
     kept = {key: value for key, value in config.items() if key not in (*_OF_THIS_MACHINE, "chat_template")}
@@ -254,8 +271,9 @@ def _extend(document: dict[str, Any], merged: MergedVocabulary) -> None:
     """Put the new tokens into a `tokenizer.json`.
 
     Every token is put into the model's own vocabulary as well, added ones included: only then does the library keep
-    the ids that are written down. No merge rule leads to a new entry, so that texts are cut as before; the tokens that
-    others had added are added here too, and found in texts as they stand.
+    the ids that are written down. No merge rule leads to a new entry, so that most kinds of tokenizers cut texts as
+    before (:func:`finds_entries` tells the others); the tokens that others had added are added here too, and found in
+    texts as they stand.
     """
     model = document["model"]
     names = {number: token for token, number in merged.ids.items()}

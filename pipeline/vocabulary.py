@@ -23,6 +23,7 @@ from mergepipe.pipeline.tokenizer_keys import TokenizerSpec, TokenSource
 from mergepipe.pipeline.tokenizers import (
     MergedVocabulary,
     Tokenizer,
+    finds_entries,
     merged_vocabulary,
     need_tokenizer,
     read_tokenizer,
@@ -221,22 +222,9 @@ class _Deciding:
                         gathers.append(gather)
         gathers += self._importances(rows)
         self._note_rows(merged, rows, gathers)
-        self._refuse_unmade(gathers)
         sizes = tuple(key for key in vocabulary_sizes(self.checkpoints[0]) if key)
         inputs = len(self.inputs)
         return Vocabulary(merged, tuple(self.tokenizers), inputs, rows, tuple(gathers), sizes, tuple(self.notes))
-
-    def _refuse_unmade(self, gathers: Sequence[Gather]) -> None:
-        """Rows are made by `build`, which can't look into a model that does not exist yet."""
-        unmade = [path for path in self.paths if path in self.staged]
-        for gather in gathers:
-            if gather.made.count and any(self.inputs[peer] in unmade for peer in gather.made.peers):
-                message = (
-                    f"rows of '{gather.name}' have to be made from '{unmade[0]}', which this recipe makes itself: give "
-                    f"the merge that makes it the same `tokenizer_source`, and `pad_to_multiple_of` to the last one's "
-                    f"models only by a recipe of its own"
-                )
-                raise RecipeError([Fault("$.tokenizer_source", message)])
 
     def _origin(self) -> Tokenizer:
         """The tokenizer whose ids are kept."""
@@ -387,6 +375,12 @@ class _Deciding:
         padding = f", rows of padding: {rows - merged.rows:,}" if rows > merged.rows else ""
         what = f"that of '{merged.origin.path}'" + (f" and, of others, {len(merged.new):,} more" if merged.new else "")
         self.notes[f"the vocabulary is {what}; tokens: {len(merged.ids):,}{padding}"] = None
+        plain = sum(added is None for added in merged.new.values())
+        if plain and (how := finds_entries(merged.origin)) is not None:
+            self.notes[
+                f"the tokenizer of '{merged.origin.path}' {how}: texts with any of the {plain:,} plain entries that "
+                f"others bring are cut otherwise than before"
+            ] = None
         for model, path in enumerate(self.paths):
             unused = max(self._rows_of(model)) - len(np.unique(self.ids[model][self.ids[model] != NOBODY]))
             if unused > 0:

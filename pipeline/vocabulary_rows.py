@@ -2,7 +2,7 @@
 
     vocabulary/
       map-N                one row map, shared by the tensors of a model that have the same
-      made-N/              rows of model N that stand in no input, as a small checkpoint
+      made-N/, wanted      rows that stand in no input: see :mod:`mergepipe.pipeline.made_rows`
       record.json          size and checksum of the files above; written last
 
 The plan names them by hash: its id covers which row goes where, and a run refuses files that are not those it means.
@@ -12,32 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from mergepipe.errors import NonFiniteError, WorkspaceError
-from mergepipe.pipeline.vocabulary import NOBODY, Gather, Vocabulary
+from mergepipe.errors import WorkspaceError
+from mergepipe.pipeline.made_rows import WANTED, load_wanted, make_rows, save_wanted
+from mergepipe.pipeline.vocabulary import Gather, Vocabulary
 from mergepipe.storage.atomic import write_atomic
-from mergepipe.storage.checked import CheckedFiles
 from mergepipe.storage.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.gather import GATHER_BYTES, GatheredArray, GatheredManifest, RowMap
-from mergepipe.storage.layout import OutputTensor, lay_out
+from mergepipe.storage.layout import OutputTensor
 from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
-from mergepipe.storage.readers import MmapReader, Reader
-from mergepipe.storage.writer import ShardWriter, crc32c_of_range
-from mergepipe.tasks import convert
+from mergepipe.storage.writer import crc32c_of_range
 
 RECORD = "record.json"
-
-BLOCK_BYTES = 4 * 1024 * 1024
-"""float64 values that are added up at a time while rows are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +103,24 @@ def _made_tensor(gather: Gather, entry: TensorEntry) -> OutputTensor:
 
 
 def write_rows(
-    folder: Path, vocabulary: Vocabulary, checkpoints: Sequence[Checkpoint], manifests: Mapping[int, ChunkManifest]
+    folder: Path, vocabulary: Vocabulary, paths: Sequence[str], manifests: Mapping[int, ChunkManifest]
 ) -> None:
-    """Write the maps and make the rows.
+    """Write the maps, and make the rows that can be made.
 
     Parameters
     ----------
     folder : Path
         `vocabulary` of the workspace; made if need be.
     vocabulary : Vocabulary
-    checkpoints : sequence of Checkpoint
-        As they lie on disk.
+    paths : sequence of str
+        What to call each model in messages.
     manifests : mapping of int to ChunkManifest
-        Of their stores, by number of the model; of all that lend rows which are averaged.
+        Of their stores, by number of the model; without those of models that are yet to be made.
 
     Raises
     ------
-    NonFiniteError
-        If a row that is averaged holds a NaN or an infinity.
-    DiskFullError
+    NonFiniteError, DiskFullError
+        As :func:`mergepipe.pipeline.made_rows.make_rows`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
@@ -140,118 +128,52 @@ def write_rows(
     for name, row_map in maps.items():
         row_map.save(folder / f"map-{name}")
     files = [f"map-{name}" for name in maps]
-    roots = (root for manifest in manifests.values() if (root := manifest.root) is not None)
-    with MmapReader(files=CheckedFiles(roots)) as reader:
-        for model in sorted({gather.model for gather in vocabulary.gathers if gather.made.count}):
-            of_model = [gather for gather in vocabulary.gathers if gather.model == model and gather.made.count]
-            _make(folder / f"made-{model}", of_model, checkpoints, manifests, reader)
-            files.append(f"made-{model}/model.safetensors")
+    wanted = [gather for gather in vocabulary.gathers if gather.made.count]
+    late = {gather.model for gather in wanted if not manifests.keys() >= {*gather.made.peers}}
+    files += make_rows(folder, [gather for gather in wanted if gather.model not in late], paths, manifests)
+    if late:
+        save_wanted(folder / WANTED, [gather for gather in wanted if gather.model in late])
+        files.append(WANTED)
+    _record(folder, files)
+
+
+def make_late_rows(
+    folder: Path, planned: PlannedVocabulary | None, paths: Sequence[str], manifests: Mapping[int, ChunkManifest]
+) -> None:
+    """Make the rows that `build` could not make, now that all models are there.
+
+    Parameters
+    ----------
+    folder : Path
+        `vocabulary` of the workspace.
+    planned : PlannedVocabulary or None
+    paths, manifests
+        As for :func:`write_rows`.
+
+    Raises
+    ------
+    WorkspaceError
+        If a file is gone or damaged.
+    NonFiniteError, DiskFullError
+        As :func:`mergepipe.pipeline.made_rows.make_rows`.
+    """
+    if planned is None or not planned.gathers:
+        return
+    files = _check_files(folder)
+    if WANTED not in files:
+        return
+    gathers = load_wanted(folder / WANTED, _maps(folder, planned))
+    made = make_rows(folder, gathers, paths, manifests)
+    _record(folder, [*(name for name in files if name != WANTED), *made])
+
+
+def _record(folder: Path, files: Sequence[str]) -> None:
     record = {name: [(folder / name).stat().st_size, _crc32c(folder / name)] for name in files}
     write_atomic(folder / RECORD, json.dumps(record).encode())
 
 
 def _crc32c(path: Path) -> int:
     return crc32c_of_range(path, 0, path.stat().st_size)
-
-
-def _make(
-    folder: Path,
-    gathers: Sequence[Gather],
-    checkpoints: Sequence[Checkpoint],
-    manifests: Mapping[int, ChunkManifest],
-    reader: Reader,
-) -> None:
-    folder.mkdir(exist_ok=True)
-    tensors = [_made_tensor(gather, checkpoints[gather.model].tensors[gather.name]) for gather in gathers]
-    layout = lay_out([tensors], {"format": "pt"})
-    writer = ShardWriter(folder, layout.shards[0])
-    for gather in gathers:
-        at = layout.places[gather.name].offset
-        for rows in _RowMaker(gather, checkpoints, manifests, reader).rows():
-            writer.write(at, rows)
-            at += rows.nbytes
-    writer.seal(sha256=False)
-    writer.publish()
-
-
-class _RowMaker:
-    """Makes the rows of one tensor of one model."""
-
-    def __init__(
-        self, gather: Gather, checkpoints: Sequence[Checkpoint], manifests: Mapping[int, ChunkManifest], reader: Reader
-    ) -> None:
-        self.gather = gather
-        self.own = checkpoints[gather.model].tensors[gather.name]
-        self.row = self.own.shape[gather.axis + 1 :]
-        self.width = math.prod(self.row)
-        self.roots = [checkpoints[peer].root for peer in gather.made.peers]
-        self.entries = [checkpoints[peer].tensors[gather.name] for peer in gather.made.peers]
-        self.tables = [(manifests[peer], gather.name) for peer in gather.made.peers]
-        self.reader = reader
-        self.step = max(1, BLOCK_BYTES // (8 * max(1, self.width)))
-        self.total = np.zeros(self.width)
-
-    def rows(self) -> Iterator[npt.NDArray[Any]]:
-        """Stored bits of some rows after another, shape (rows * width,)."""
-        wanted = self.gather.made.rows
-        if DTYPES[self.own.dtype].role != "merged":
-            # Integers have no mean.
-            yield np.zeros(self.gather.made.count * self.width, DTYPES[self.own.dtype].bits)
-            return
-        for start in range(0, len(wanted), self.step):
-            yield self._stored(self._means(wanted[start : start + self.step]))
-        if self.gather.made.padding:
-            self._add_all()
-            yield self._stored((self.total / max(1, self.gather.tokens))[None])
-
-    def _means(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        sums = np.zeros((len(wanted), self.width))
-        for peer in range(wanted.shape[1]):
-            theirs = wanted[:, peer] != NOBODY
-            if theirs.any():
-                sums[theirs] += self._read(peer, wanted[theirs, peer])
-        counts = np.maximum(np.count_nonzero(wanted != NOBODY, axis=1), 1)
-        np.divide(sums, counts[:, None], out=sums)
-        return sums
-
-    def _read(self, peer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Some rows of one peer, decoded."""
-        entry = self.entries[peer]
-        row_map = RowMap.of(np.zeros(len(rows), np.int64), rows)
-        array = GatheredArray.of(entry.dtype, self.row, row_map, {0: self.tables[peer]})
-        out = np.empty(len(rows) * self.width)
-        with self.reader.window(array.segments(0, out.size), last=False) as window:
-            bad = convert.decode(window.view(DTYPES[entry.dtype].bits), entry.dtype, out)
-        if bad >= 0:
-            raise NonFiniteError(
-                f"row {int(rows[bad // self.width])} of '{entry.name}' in '{self.roots[peer]}' a NaN or an "
-                f"infinity, and is needed for a token that a model lacks: repair it"
-            )
-        return out.reshape(len(rows), self.width)
-
-    def _stored(self, values: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
-        out = np.empty(values.size, DTYPES[self.own.dtype].bits)
-        if convert.encode(values.reshape(-1), self.own.dtype, out) >= 0:
-            raise NonFiniteError(f"the mean of rows of '{self.own.name}' overflows {DTYPES[self.own.dtype].alias}")
-        again = np.empty(values.size)
-        convert.decode(out, self.own.dtype, again)
-        self.total += again.reshape(values.shape).sum(axis=0)
-        return out
-
-    def _rows_by_source(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Source and row of every row of the gathered tensor."""
-        row_map = self.gather.row_map
-        lengths = np.diff(row_map.starts)
-        first = np.repeat(row_map.firsts - row_map.starts[:-1], lengths)
-        return np.repeat(row_map.sources, lengths), first + np.arange(row_map.rows)
-
-    def _add_all(self) -> None:
-        """Add the rows of the tensor that are not made to the total."""
-        sources, rows = self._rows_by_source()
-        for position, peer in enumerate(self.gather.made.peers):
-            mine = np.sort(rows[sources == peer])
-            for start in range(0, len(mine), self.step):
-                self.total += self._read(position, mine[start : start + self.step]).sum(axis=0)
 
 
 # -- run
@@ -278,7 +200,7 @@ def gathered_manifests(
     if planned is None or not planned.gathers:
         return list(manifests)
     _check_files(folder)
-    maps = {name: RowMap.load(folder / f"map-{name}", name) for name in {one.row_map for one in planned.gathers}}
+    maps = _maps(folder, planned)
     found = list(manifests)
     for model in sorted({gather.model for gather in planned.gathers}):
         mine = [gather for gather in planned.gathers if gather.model == model]
@@ -301,8 +223,12 @@ def _array(gather: PlannedGather, own: ChunkManifest, row_map: RowMap, parts: li
     return array
 
 
-def _check_files(folder: Path) -> None:
-    """Compare every file with its checksum."""
+def _maps(folder: Path, planned: PlannedVocabulary) -> dict[str, RowMap]:
+    return {name: RowMap.load(folder / f"map-{name}", name) for name in {one.row_map for one in planned.gathers}}
+
+
+def _check_files(folder: Path) -> list[str]:
+    """Compare every file with its checksum; their names."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
         for name, (size, checksum) in record.items():
@@ -311,3 +237,4 @@ def _check_files(folder: Path) -> None:
                 raise ValueError(f"'{name}' does not match its checksum")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise WorkspaceError(f"'{folder}' is not as `build` left it ({error}): build the workspace again") from error
+    return list(record)

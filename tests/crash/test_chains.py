@@ -56,3 +56,31 @@ def test_dies_in_the_middle_of_a_chain(chain: Path, victim: Victim, kind: str) -
         assert ends[-1]["end"] == "done"
         assert hashes(chain / "merged") == expected
         TALLY[kind] += sum(end["end"] == "killed" for end in ends)
+
+
+def test_dies_in_the_middle_of_a_chain_over_a_union(scratch: Path, victim: Victim) -> None:
+    """Rows are made of an earlier merge while the run goes on: killed before, within and after that."""
+    from support.vocabularies import byte_tokenizer, write_model
+
+    folder = scratch / "union"
+    shutil.rmtree(folder, ignore_errors=True)
+    added: list[dict[str, bool]] = [{}, {"<a>": True, "<b>": False}, {"<b>": False, "<c>": True}]
+    for number, (name, tokens) in enumerate(zip("abc", added, strict=True)):
+        write_model(folder / name, byte_tokenizer(["ab", "cd"], tokens), number)
+    plain = {"merge_method": "linear", "parameters": {"weight": 1}, "tokenizer_source": "union"}
+    first = plain | {"name": "first", "models": [{"model": str(folder / name)} for name in "ab"]}
+    last = plain | {"models": [{"model": "first"}, {"model": str(folder / "b")}, {"model": str(folder / "c")}]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump_all([first, last]))
+    work = build(folder)
+    assert (work / "vocabulary" / "wanted").exists()
+    whole = victim(work)
+    assert whole["end"] == "done", whole
+    expected = hashes(folder / "merged")
+    for at in moments(int(whole["calls"]), 4):
+        shutil.rmtree(work)
+        shutil.rmtree(folder / "merged")
+        build(folder)
+        ends = [victim(work, "kill", at), victim(work)]
+        assert [end["end"] for end in ends] == ["killed", "done"], ends
+        assert hashes(folder / "merged") == expected
+        TALLY["kill"] += 1

@@ -20,6 +20,7 @@ from mergepipe.errors import (
     InputChangedError,
     Interrupted,
     MemoryBudgetError,
+    OutputExistsError,
     RecipeError,
     UsageError,
     WorkspaceError,
@@ -320,3 +321,47 @@ def test_status_plan_verify_and_clean_know_all_merges(models: Path, capsys: pyte
     clean(work)
     assert not work.exists()
     assert (models / "merged" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"out": "full"}, OutputExistsError, "is not empty"),
+        ({"on_shard": "true"}, UsageError, "where the file's path goes"),
+        ({"memory": "1MiB"}, MemoryBudgetError, "MiB"),
+    ],
+    ids=["out", "on-shard", "memory"],
+)
+def test_what_the_result_refuses_is_refused_before_any_work(
+    models: Path, options: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    work = build(models, *CHAIN)
+    (models / "full").mkdir()
+    (models / "full" / "a").touch()
+    if "out" in options:
+        options = {"out": models / options["out"]}
+    with pytest.raises(error, match=told):
+        mergepipe.run(work, **options)
+    assert status(work).merges == dict.fromkeys(("first", "stack", "other"), "built")
+    assert not (work / "merged").exists()
+
+
+def test_the_result_of_a_chain_is_moved(models: Path) -> None:
+    work = build(models, *CHAIN)
+    assert mergepipe.run(work, out=models / "elsewhere").output == models / "elsewhere"
+    assert (models / "elsewhere" / "config.json").exists()
+    assert not (models / "merged").exists()
+
+
+def test_importances_that_an_earlier_merge_makes(models: Path) -> None:
+    """A name stands for a checkpoint of importances, too."""
+    squares = linear("@c", name="squares", merge_method="passthrough") | {"parameters": {"scale": 0.0}}
+    experts = [{"model": f"@{name}", "importance": "squares"} for name in "ab"]
+    mean = linear("@a", "@b", dtype="float32")
+    work = build(models, squares, {"merge_method": "fisher", "models": experts, "dtype": "float32"})
+    mergepipe.run(work)
+    found = read_tensors(models / "merged")
+    mergepipe.build(written(models, mean), work=models / "plain", out=models / "by-hand")
+    mergepipe.run(models / "plain")
+    expected = read_tensors(models / "by-hand")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -12,7 +12,14 @@ import transformers
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from mergepipe.errors import CheckpointError
-from mergepipe.pipeline.tokenizers import Tokenizer, merged_vocabulary, read_tokenizer, tokenizer_files, written_files
+from mergepipe.pipeline.tokenizers import (
+    Tokenizer,
+    finds_entries,
+    merged_vocabulary,
+    read_tokenizer,
+    tokenizer_files,
+    written_files,
+)
 from support.vocabularies import byte_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -79,6 +86,58 @@ def test_a_byte_level_text_is_cut_as_before(tmp_path: Path) -> None:
     assert again.decode([merged.ids["Ġa"], merged.ids["cd"]]) == " acd"
     assert again("ab<tool>cd").input_ids.count(merged.ids["<tool>"]) == 1
     assert again.tokenize("<tool>") == ["<tool>"]
+
+
+LETTERS = "abcdefgh"
+
+
+def cutting(kind: str, more: list[str]) -> Any:
+    """A tokenizer that can write any word of a few letters (a unigram model all but `h`), with some pieces more."""
+    ends = [f"##{c}" for c in LETTERS]
+    vocab = {token: number for number, token in enumerate(["[UNK]", *LETTERS, "Ġ", *ends, *more])}
+    pairs = [("c", "d"), ("cd", "e"), ("Ġ", "cde")]
+    merges = [pair for pair in pairs if all(piece in vocab for piece in (*pair, "".join(pair)))]
+    scored = [("[UNK]", 0.0), *((c, -3.0) for c in LETTERS[:-1]), *((token, -1.0) for token in more)]
+    model: Any = {
+        "BPE": lambda: models.BPE(vocab, merges),
+        "ignore_merges": lambda: models.BPE(vocab, merges, ignore_merges=True),
+        "WordPiece": lambda: models.WordPiece(vocab, unk_token="[UNK]"),
+        "WordLevel": lambda: models.WordLevel(vocab, unk_token="[UNK]"),
+        "Unigram": lambda: models.Unigram(scored, unk_id=0),
+    }[kind]()
+    tokenizer = tokenizers.Tokenizer(model)
+    byte_level = kind in ("BPE", "ignore_merges")
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False) if byte_level else pre_tokenizers.WhitespaceSplit()
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "before", "after"),
+    [
+        ("BPE", "cde cdea", "c d e Ġ c d e a", None),
+        ("ignore_merges", "cde cdea cde", "c d e Ġ c d e a Ġ c d e", "cde Ġ c d e a Ġcde"),
+        ("WordPiece", "cde cdea acd", "c ##d ##e c ##d ##e ##a a ##c ##d", "cde cde ##a a ##cd"),
+        ("WordLevel", "cde a cd", "[UNK] a [UNK]", "cde a cd"),
+        ("Unigram", "cde cdh", "c d e c d h", None),
+    ],
+)
+def test_which_tokenizers_cut_texts_into_the_entries_of_others(
+    kind: str, text: str, before: str, after: str | None, tmp_path: Path
+) -> None:
+    """As the table in docs/tokenizers.md says."""
+    one = saved(cutting(kind, []), tmp_path / "one")
+    two = saved(cutting(kind, ["cd", "cde", "##cd", "Ġcde", "h"]), tmp_path / "two")
+    merged = merged_vocabulary(one, [one, two])
+    assert set(merged.new) >= {"cd", "cde", "##cd", "Ġcde"}
+    assert set(merged.new.values()) == {None}
+    again = reloaded(written_files(merged), tmp_path / "merged")
+    assert one.loaded.tokenize(text) == before.split()
+    assert again.tokenize(text) == (after or before).split()
+    assert (finds_entries(one) is not None) == (after is not None)
+    if kind == "Unigram":
+        assert again("h").input_ids == [merged.ids["h"]] != one.loaded("h").input_ids
 
 
 def test_special_tokens_and_settings_are_the_origins(tmp_path: Path) -> None:

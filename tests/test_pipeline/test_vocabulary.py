@@ -389,3 +389,19 @@ def test_other_tokens_at_the_same_ids_are_told(models: list[Model], tmp_path: Pa
     assert f"'{tmp_path / 'two'}' has other tokens than '{tmp_path / 'one'}' at " in told[0]
     (tmp_path / "two" / "tokenizer.json").write_text("{")
     assert not [note for note in build(tmp_path / "broken", document).notes if "token by token" in note]
+
+
+@pytest.mark.parametrize("ignoring", [False, True])
+def test_a_tokenizer_that_finds_the_entries_of_others_is_told(
+    models: list[Model], ignoring: bool, tmp_path: Path
+) -> None:
+    """One that takes whole words first, as those of Llama 3, cuts texts into what others bring."""
+    first = write_model(tmp_path / "first", byte_tokenizer(["ab", "cd"]), 0)
+    path = first.folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["ignore_merges"] = ignoring
+    path.write_text(json.dumps(document))
+    plan = build(tmp_path / "job", recipe([first, models[3]], first, tokenizer_source="union"))
+    told = [note for note in plan.notes if "cut otherwise" in note]
+    assert len(told) == ignoring
+    assert all("2 plain entries" in note for note in told)
