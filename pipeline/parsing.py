@@ -34,6 +34,12 @@ NOT_MERGED = {
 }
 """Keys that the dialect has and this version refuses, with the reason."""
 
+STRAYS = {
+    "random_seed": "it is an option of mergekit's command, no key of its recipes; say `seed` for other random masks",
+    "embed_slerp": "embeddings are merged as `t` says for them",
+}
+"""Keys that mergekit ignores, and that many published recipes have all the same, with what to know instead."""
+
 MERGEKIT_METHODS = (
     *("linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties"),
     *("breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce", "ram", "ramplus_tl", "model_stock"),
@@ -63,7 +69,9 @@ class RecipeParser(PartsParser):
         RecipeError
             With all faults; unless `faults` keeps them, then the recipe is made from the parts that are sound.
         """
-        self._unknown_keys(document, "$", KEYS, NOT_MERGED)
+        self._unknown_keys({key: value for key, value in document.items() if key not in STRAYS}, "$", KEYS, NOT_MERGED)
+        for key in sorted(STRAYS.keys() & document.keys()):
+            self._note(f"`{key}` has no effect, nor has it in mergekit: {STRAYS[key]}")
         method = self._method(document.get("merge_method"), "$.merge_method")
         base = self._optional(document, "base_model", self._reference)
         form = self._form(document)
