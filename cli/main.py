@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
+from typing import TextIO
 
 import click
 
@@ -77,8 +79,11 @@ class LazyGroup(click.Group):
         except MergepipeError as error:
             show_error(error)
             ctx.exit(error.exit_code)
-        except BrokenPipeError:
-            # Whoever read our stdout has seen enough (`mergepipe plan | head`). Python flushes it once more at exit.
+        except BrokenPipeError as error:
+            # Whoever read our stdout has seen enough (`mergepipe plan | head`): results are printed after the work.
+            if not reader_has_gone(sys.stdout):
+                raise RuntimeError("a pipe of our own broke, so the work is not done") from error
+            # Python flushes it once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
         except OSError as error:
@@ -109,11 +114,29 @@ def group() -> None:
 
 
 def show_error(error: BaseException) -> None:
-    """Print `error` on stderr as ``error: message``, its notes and nothing else."""
+    """Print `error` on stderr as ``error: message``, its notes and nothing else; where nobody reads it, nothing."""
     lines = str(error).splitlines() or [type(error).__name__]
-    click.echo("error: " + "\n       ".join(lines), err=True)
-    for note in getattr(error, "__notes__", ()):
-        click.echo(f"       {note}", err=True)
+    with suppress(OSError):
+        click.echo("error: " + "\n       ".join(lines), err=True)
+        for note in getattr(error, "__notes__", ()):
+            click.echo(f"       {note}", err=True)
+
+
+def reader_has_gone(stream: TextIO) -> bool:
+    """Whether nobody reads the pipe that a stream writes to."""
+    watch = select.poll()
+    watch.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started without them (``2>&-``) streams that lead nowhere.
+
+    Otherwise the next file that is opened gets the number 2, and whatever libraries say on stderr is written into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -145,7 +168,8 @@ def main(args: Sequence[str] | None = None) -> int:
         click.echo("interrupted", err=True)
         return Interrupted.exit_code
     except Exception:
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
         return MergepipeError.exit_code
     return outcome if isinstance(outcome, int) else 0
 
@@ -156,10 +180,12 @@ def start() -> None:
     It ends at once: nothing is left to do, and taking numba and its compiled kernels apart, object by object, took
     half a second. Threads that write have been joined by whoever began them.
     """
+    open_standard_streams()
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     code = main()
     with suppress(OSError):
-        sys.stdout.flush()
         sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)  # what can't be written is for Python to report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 from mergepipe.cli.options import show_bytes, show_seconds
@@ -157,12 +157,17 @@ class BarProgress:
 @contextmanager
 def progress(quiet: bool = False, stopping: Callable[[], bool] = lambda: False) -> Iterator[Listener | None]:
     """A listener for stderr, as the terminal allows; None if `quiet`. The bars say so once `stopping` is true."""
-    if quiet:
+    if quiet or sys.stderr is None:
         yield None
     elif not sys.stderr.isatty():
         yield PlainProgress(sys.stderr)
     else:
         from mergepipe.cli.bars import Bars
 
-        with Bars(stopping=stopping) as bars:
+        bars = Bars(stopping=stopping)
+        bars.start()
+        try:
             yield BarProgress(bars, bars.tell)
+        finally:
+            with suppress(OSError):  # a terminal that has gone away is no reason to lose the result
+                bars.stop()

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal
 
@@ -135,12 +135,14 @@ def stop_on_signal() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        # Straight to the descriptor: the signal may have come amidst a write to stderr.
-        if stop.is_set():
-            if os.isatty(2):
+        # Straight to the descriptor: the signal may have come amidst a write to stderr. Nobody may be listening there.
+        with suppress(OSError):
+            if not stop.is_set():
+                os.write(2, f"\n{STOPPING}\n".encode())
+            elif os.isatty(2):
                 os.write(2, b"\x1b[?25h\n")  # the bars have hidden the cursor
+        if stop.is_set():
             os._exit(Interrupted.exit_code)
-        os.write(2, f"\n{STOPPING}\n".encode())
         stop.set()
 
     previous = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}

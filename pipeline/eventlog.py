@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mergepipe.pipeline.events import CopyProgress, Event, Listener, RunStarted, UnitFinished
+from mergepipe.pipeline.events import Announcer, CopyProgress, Event, Listener, RunStarted, UnitFinished
 from mergepipe.pipeline.measure import anonymous_bytes
 
 PROGRESS_SECONDS = 5.0
@@ -68,7 +68,7 @@ class EventLog:
 
     def __init__(self, path: Path, also: Listener | None = None, clock: Callable[[], float] = time.time) -> None:
         self._path = path
-        self._also = also
+        self._also = Announcer(also)  # it may fail and the log go on
         self._clock = clock
         self._fd = -1
         self._done = self._total = 0
@@ -103,8 +103,7 @@ class EventLog:
                 if isinstance(event, RunStarted):
                     self._done, self._total = event.done_bytes, event.total_bytes
                 self._line(type(event).__name__, asdict(event))
-        if self._also is not None:
-            self._also(event)
+        self._also(event)
 
     def _progress(self) -> None:
         if self._clock() - self._told < PROGRESS_SECONDS:

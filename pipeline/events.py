@@ -1,13 +1,17 @@
 """What happens during a build or a run, as small records. Nothing below `cli/` prints; listeners get these.
 
-A listener is any callable that takes one event. It is called from several threads, one call at a time.
+A listener is any callable that takes one event. It is called from several threads, one call at a time. An OSError of a
+listener is the end of its listening, not of the work.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,11 @@ Listener = Callable[[Event], None]
 
 
 class Announcer:
-    """Passes events on to one listener, one at a time."""
+    """Passes events on to one listener, one at a time.
+
+    A listener that can't write any more (its terminal is gone, the program behind its pipe has ended) hears nothing
+    further: the work goes on without it.
+    """
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener
@@ -93,6 +101,10 @@ class Announcer:
 
     def __call__(self, event: Event) -> None:
         """Tell the listener, if there is one."""
-        if self._listener is not None:
-            with self._lock:
-                self._listener(event)
+        with self._lock:
+            if self._listener is not None:
+                try:
+                    self._listener(event)
+                except OSError as error:
+                    self._listener = None
+                    logger.info("the listener is told no more: %s", error)

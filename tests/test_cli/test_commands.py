@@ -84,6 +84,16 @@ def test_first_signal_asks_to_stop_and_the_second_ends(monkeypatch: pytest.Monke
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
 
 
+def test_a_signal_is_heard_when_nobody_reads_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", broken)
+    with stop_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+
+
 def test_plan_shows_every_tensor_and_draws(models: Path, capsys: Output) -> None:
     assert main(["build"]) == 0
     capsys.readouterr()

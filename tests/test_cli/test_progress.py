@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from mergepipe.cli.bars import Bars
+from mergepipe.cli.main import main
 from mergepipe.cli.progress import BarProgress, PlainProgress, progress
+from mergepipe.pipeline.eventlog import EventLog
 from mergepipe.pipeline.events import (
+    Announcer,
     CopyProgress,
+    Event,
     Note,
     RunFinished,
     RunStarted,
@@ -97,3 +106,66 @@ def test_what_the_terminal_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with progress() as listener:
         assert isinstance(listener, BarProgress)
+
+
+@pytest.mark.parametrize("stdout_too", [False, True], ids=["stderr", "both"])
+def test_a_run_that_nobody_watches_any_more_goes_on(models: Path, stdout_too: bool) -> None:
+    """`mergepipe run 2>&1 >/dev/null | head` ends the listening, not the merge."""
+    assert main(["build"]) == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        out = closed if stdout_too else subprocess.DEVNULL
+        result = subprocess.run([sys.executable, "-m", "mergepipe", "run"], stdout=out, stderr=closed)
+    assert result.returncode == 0
+    assert (models / "merged" / "model.safetensors").exists()
+    assert main(["verify", "--full", "merged"]) == 0
+
+
+def test_a_run_without_stdout_and_stderr(models: Path) -> None:
+    assert main(["build"]) == 0
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable]
+    assert subprocess.run([*closed, "-m", "mergepipe", "run"]).returncode == 0
+    assert main(["verify", "--full", "merged"]) == 0
+    code = (
+        "from mergepipe.cli.main import open_standard_streams; open_standard_streams(); "
+        "import os; file = open('shard', 'w'); os.write(2, b'what a library warns of'); file.close()"
+    )
+    assert subprocess.run([*closed, "-c", code]).returncode == 0
+    assert (models / "shard").read_bytes() == b""
+
+
+def test_a_failing_run_keeps_its_exit_code_when_nobody_reads_why(models: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        result = subprocess.run([sys.executable, "-m", "mergepipe", "run"], stdout=closed, stderr=closed)
+    assert result.returncode == 6, "there is no plan"
+
+
+def test_a_pipe_that_breaks_in_the_work_is_no_success(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build"]) == 0
+
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("mergepipe.pipeline.run.run", broken)
+    assert main(["run"]) == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_listener_that_fails_is_told_no_more_and_the_log_goes_on(tmp_path: Path) -> None:
+    told: list[Event] = []
+
+    def listener(event: Event) -> None:
+        told.append(event)
+        raise BrokenPipeError
+
+    with EventLog(tmp_path / "events.jsonl", also=listener) as log:
+        announce = Announcer(log)
+        for text in ("one", "two"):
+            announce(Note(text))
+    assert told == [Note("one")]
+    assert [json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == ["one", "two"]
