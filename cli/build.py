@@ -21,7 +21,11 @@ from mergepipe.cli.options import json_option, print_json, tensors_option, work_
     show_default=True,
     help="How models become chunked zarr: byte ranges of their own files, or a copy.",
 )
-@click.option("--memory", metavar="SIZE", help="Ceiling of the run's memory, such as 8GiB; 512MiB by default.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Ceiling of the run's memory, such as 8GiB; by default 512MiB, or half of what is free for whole matrices.",
+)
 @click.option("--chunk-size", metavar="SIZE", default="8MiB", show_default=True, help="Size of a chunk.")
 @click.option("--shard-size", metavar="SIZE", help="Size of an output file, such as 5GB; by default as in the base.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the recipe.")

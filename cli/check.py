@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(dir_okay=False), default="mergepipe.yaml")
 @work_option
 @click.option("--out", type=click.Path(), help="Output folder; the recipe's `output`, else ./merged, by default.")
-@click.option("--memory", metavar="SIZE", help="Ceiling of the run's memory, such as 8GiB; 512MiB by default.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Ceiling of the run's memory, such as 8GiB; by default 512MiB, or half of what is free for whole matrices.",
+)
 @click.option("--shard-size", metavar="SIZE", help="Size of an output file, such as 5GB; by default as in the base.")
 @tensors_option
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the recipe.")

@@ -556,7 +556,8 @@ def _refuse_quantised(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None
             how = config.get("quant_method") if isinstance(config, Mapping) else None
             found.append(f"  '{path}': its config.json has a quantization_config{f' ({how})' if how else ''}")
         elif name is not None:
-            found.append(f"  '{path}': '{name}' belongs to quantised weights")
+            dtype = checkpoint.tensors[name].dtype
+            found.append(f"  '{path}': '{name}', of type {dtype}, belongs to quantised weights")
     if found:
         remedy = "Remedy: dequantise to bfloat16 first; codes can't be averaged without their scales."
         raise CheckpointError("\n".join(["quantised checkpoints can't be merged:", *found, remedy]))

@@ -62,7 +62,7 @@ def _read(source: Path) -> str:
     except OSError as error:
         raise UsageError(f"can't read the prompts '{source}': {error.strerror}") from error
     except ValueError as error:
-        raise UsageError(f"'{str(source)!r}' is no name of a file: {error}") from error
+        raise UsageError(f"{str(source)!r} is no name of a file: {error}") from error
     if len(raw) > MAX_BYTES:
         raise UsageError(f"'{source}' is larger than {MAX_BYTES} bytes: too large for a file of prompts")
     try:

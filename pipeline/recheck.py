@@ -68,17 +68,17 @@ def check(
             if not _sealed_intact(progress, number, shard, folder, mode):
                 damage.shards.add(number)
                 damage.tensors.update(members)
-                damage.notes.append(f"'{shard.file}' is missing or damaged: it is made again")
+                damage.notes.append(f"'{shard.file}' is missing or damaged: it has to be made again")
             continue
         written = [member for member in members if progress.written.get(member)]
         part = folder / f"{shard.file}.part"
         if written and not (part.is_file() and part.stat().st_size == shard.size):
             damage.tensors.update(written)
-            damage.notes.append(f"'{part.name}' is gone: its {len(written)} tensors are made again")
+            damage.notes.append(f"'{part.name}' is gone: its {len(written)} tensors have to be made again")
             continue
         for member in _damaged_tensors(progress, written, shard, plan, part, mode):
             damage.tensors.add(member)
-            damage.notes.append(f"'{plan.tensors[member].name}' in '{part.name}' is damaged: it is made again")
+            damage.notes.append(f"'{plan.tensors[member].name}' in '{part.name}' is damaged: it has to be made again")
     return damage
 
 

@@ -308,7 +308,9 @@ def _check_contiguous(tensors: Iterable[HeaderTensor], data_bytes: int, where: s
             "Download or copy it again"
         )
     if position < data_bytes:
-        raise HeaderError(f"{where}: {data_bytes - position} bytes after the last tensor belong to none")
+        raise HeaderError(
+            f"{where}: {data_bytes - position} bytes after the last tensor belong to none. Download or copy it again"
+        )
 
 
 def read_header(path: str | Path) -> Header:
@@ -327,12 +329,17 @@ def read_header(path: str | Path) -> Header:
     with open(fd, "rb") as file:
         size = os.fstat(fd).st_size
         if size < 8:
-            raise HeaderError(f"{path}: {size} bytes are no safetensors file; the header alone takes more")
+            raise HeaderError(f"{path}: {size} bytes are no safetensors file: download or copy it again")
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
-            raise HeaderError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
+            raise HeaderError(
+                f"{path}: a header of {length} bytes, {MAX_HEADER_BYTES} are allowed: damaged, or no safetensors file"
+            )
         if 8 + length > size:
-            raise HeaderError(f"{path}: truncated: the header takes {8 + length} bytes, the file has {size}")
+            raise HeaderError(
+                f"{path}: truncated: the header takes {8 + length} bytes, the file has {size}. "
+                "Download or copy it again"
+            )
         raw = file.read(length)
     if len(raw) != length:
         raise HeaderError(f"{path}: the file became shorter while its header was read")

@@ -18,6 +18,7 @@ import hashlib
 import io
 import os
 import pickletools
+import re
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -242,8 +243,17 @@ def _load(outline: io.BytesIO, path: str | Path) -> Any:
         with mode:
             return torch.load(outline, map_location="meta" if knows_meta else None, weights_only=True)
     except Exception as error:  # a pickle of a stranger can make it raise anything
-        reason = str(error).strip().partition("\n")[0][:300]
+        reason = _reason(error)
         raise CheckpointError(f"'{path}' can't be read as plain weights: {type(error).__name__}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a file is not read; without torch's advice to run it, which its message begins with."""
+    stranger = re.search(r"Unsupported \w+: GLOBAL (\S{1,200})", str(error))
+    if stranger is not None:
+        return f"it asks for {stranger[1]}, which is no tensor and is never run"
+    first = str(error).strip().partition("\n")[0]
+    return "it holds other things than tensors" if "weights_only" in first else first[:300]
 
 
 def _state_dict(value: Any, path: str | Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
