@@ -371,9 +371,10 @@ class TensorWork:
         """Round once, to the output's dtype; `merged` begins at element `start`."""
         overflow = convert.encode(merged, self.out.name, out)
         if overflow >= 0:
+            wider = {"F16": "bfloat16` or float32", "BF16": "float32`"}.get(self.out.name, "float64`")
             raise NonFiniteError(
                 f"'{self.job.name}' overflows {self.out.alias} at element {start + overflow:,} "
-                f"(value {float(merged[overflow]):.6g}): write a wider type with `dtype: bfloat16` or float32"
+                f"(value {float(merged[overflow]):.6g}): write a wider type with `dtype: {wider}"
             )
         finite = np.isfinite(merged)
         if not finite.all():

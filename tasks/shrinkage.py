@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergepipe.tasks import kernels
-from mergepipe.tasks.method import Accumulator, Job, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, State, Tile
 
 InPlace = Callable[[Job, State, Tile], None]
 """Changes `tile.values`."""
@@ -27,7 +27,8 @@ class Shrinkage:
     """Measures the L1 norms before and after a thinning.
 
     Leaves ``_<stage>_factors`` (float64, (models,)) in the state: 1 for a model whose norm is not restored, or of which
-    nothing is left.
+    nothing is left. And where it is known ``kept_norms`` (float64, (models,)): the norm of what is left, over that of
+    the whole; the sums of squares come with those of magnitudes.
 
     Parameters
     ----------
@@ -71,11 +72,29 @@ class Shrinkage:
             kernels.norms(tile.values[k], sums[1, k])
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
-        """The factors."""
+        """The factors and ``kept_norms``."""
         assert accumulator.blocks is not None
-        before, after = kernels.fold(accumulator.blocks)[:, :, 0]
+        sums = kernels.fold(accumulator.blocks)
+        before, after = sums[:, :, 0]
         wanted = np.array(self.restored(job)) & (after > 0)
-        return {f"_{self.stage}_factors": np.where(wanted, before / np.where(after > 0, after, 1), 1.0)}
+        new: State = {f"_{self.stage}_factors": np.where(wanted, before / np.where(after > 0, after, 1), 1.0)}
+        if job.sparsify == "none" or self.before is as_it_is:
+            new["kept_norms"] = kept_norms(*sums[:, :, 1])
+        elif "kept_norms" in state:  # of two thinnings, and of the first one alone so far
+            new["kept_norms"] = state["kept_norms"] * kept_norms(*sums[:, :, 1])
+        return new
+
+
+def kept_norms(before: Array, after: Array) -> Array:
+    """Norms of what is left over those of the whole, from their squares, shape (models,); 0 where there is nothing.
+
+    Examples
+    --------
+    >>> kept_norms(np.array([4.0, 0.0]), np.array([1.0, 0.0])).tolist()
+    [0.5, 0.0]
+    """
+    found: Array = np.sqrt(np.minimum(after / np.where(before > 0, before, 1.0), 1.0))
+    return found
 
 
 def restore(job: Job, state: State, tile: Tile, stage: str) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from mergepipe.tasks import kernels, philox, slices
 from mergepipe.tasks.method import Accumulator, Array, Job, Parameter, Reduction, State, Tile
 from mergepipe.tasks.select import refinements, selected, start_selection
+from mergepipe.tasks.shrinkage import kept_norms
 
 KEEP_ALL = -1
 DROP_ALL = -2
@@ -151,9 +152,7 @@ class Rescale:
         for k, norm in enumerate(restored_norms(job)):
             if norm and after[k, norm - 1] > 0:
                 factors[k] = (before[k, norm - 1] / after[k, norm - 1]) ** (1 / norm)
-        whole = np.where(before[:, 1] > 0, before[:, 1], 1.0)
-        kept = np.sqrt(np.minimum(after[:, 1] / whole, 1.0))
-        return {"_factors": factors, "_norms_after": after, "kept_norms": kept}
+        return {"_factors": factors, "_norms_after": after, "kept_norms": kept_norms(before[:, 1], after[:, 1])}
 
 
 def cut(job: Job, state: State, tile: Tile) -> tuple[kernels.Scalars, kernels.Scalars]:

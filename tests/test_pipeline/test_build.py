@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import yaml
@@ -321,6 +322,37 @@ def test_overflow_of_the_arithmetic_is_named(models: Path) -> None:
         save_file(tensors, models / name / "model.safetensors")
     with pytest.raises(errors.NonFiniteError, match=r"'norm' overflows float32 while it is merged, at element 5"):
         merge(models)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("linear", {"weight": 2.0, "normalize": False}),
+        ("task_arithmetic", {"weight": 1.0}),
+        ("ties", {"weight": 1.0, "normalize": False}),
+        ("ties", {"weight": 1.0, "density": 0.5}),
+    ],
+)
+def test_overflow_from_bits_to_bits_is_named(models: Path, method: str, parameters: dict[str, Any]) -> None:
+    """Of bfloat16 to bfloat16, where nothing is decoded unless something is odd."""
+    for name in ("base", "a", "b"):
+        tensors = load_file(models / name / "model.safetensors")
+        tensors["norm"][5] = -3e38 if name == "base" else 3e38
+        stored = {key: v.astype(ml_dtypes.bfloat16) if v.dtype == "f4" else v for key, v in tensors.items()}
+        save_file(stored, models / name / "model.safetensors")
+    with pytest.raises(errors.NonFiniteError, match=r"'norm' overflows float32 while it is merged, at element 5"):
+        merge(models, merge_method=method, parameters=parameters, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("dtype", "remedy"), [("bfloat16", "float32"), ("float16", "bfloat16")])
+def test_rounding_to_infinity_is_named(models: Path, dtype: str, remedy: str) -> None:
+    """What fits float32 and not the output: the remedy is a type that it fits."""
+    for name in ("base", "a", "b"):
+        tensors = load_file(models / name / "model.safetensors")
+        tensors["norm"][5] = np.finfo(np.float32).max if dtype == "bfloat16" else 1e6
+        save_file(tensors, models / name / "model.safetensors")
+    with pytest.raises(errors.NonFiniteError, match=rf"'norm' overflows {dtype} at element 5 .*`dtype: {remedy}`"):
+        merge(models, dtype=dtype)
 
 
 def test_overflow_of_the_output_type_is_named(models: Path) -> None:

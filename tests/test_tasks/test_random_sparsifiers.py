@@ -151,6 +151,35 @@ def test_host_alone_is_its_sparsifier_and_its_consensus(
     np.testing.assert_array_equal(out, same)
 
 
+def norm_kept(delta: Array, options: dict[str, Any]) -> float:
+    """Of the same thinning without a rescale."""
+    left, _ = thinned(delta, {**options, "rescale": False if options["method"] == "breadcrumbs" else "none"})
+    return float(np.linalg.norm(left.astype("f8")) / np.linalg.norm(delta.astype("f8")))
+
+
+@pytest.mark.parametrize("method", ["random", "della", "breadcrumbs"])
+def test_the_norm_that_is_kept(method: str) -> None:
+    """It comes with the norms that a rescale takes, and is that of the elements before they are scaled."""
+    delta = np.random.default_rng(8).normal(size=(31, 2111)).astype("f4")
+    options = {"method": method, "density": 0.4, "rescale": True if method == "breadcrumbs" else "l1"}
+    found = thinned(delta, options)[1].state["kept_norms"][0]
+    assert found == pytest.approx(norm_kept(delta, options), rel=1e-12)
+    assert thinned(np.zeros((3, 5), "f4"), options)[1].state["kept_norms"][0] == 0
+
+
+def test_the_norm_that_two_thinnings_keep() -> None:
+    rng = np.random.default_rng(5)
+    base, model = rng.normal(size=(2, *LONG)).astype("f4")
+    first = {"method": "magnitude", "density": 0.5}
+    known = merge("dare_linear", [model], base, [{"weight": 1.0, "density": 0.5}], None, [{**first, "rescale": True}])
+    plain = {"rescale": False}
+    left = merge("dare_linear", [model], base, [{"weight": 1.0, "density": 0.5}], plain, [first]).out - base
+    expected = np.linalg.norm(left.astype("f8")) / np.linalg.norm((model - base).astype("f8"))
+    assert known.state["kept_norms"][0] == pytest.approx(expected, rel=1e-5)
+    unknown = merge("dare_linear", [model], base, [{"weight": 1.0, "density": 0.5}], None, [first])
+    assert "kept_norms" not in unknown.state, "what the first thinning has kept is not measured"
+
+
 @pytest.mark.parametrize(("host", "kind", "consensus"), HOSTS)
 def test_host_thins_what_a_sparsifier_leaves(host: str, kind: str, consensus: str) -> None:
     """Magnitude first; then the host's own mask, drawn from a stream of its own, and its L1 ratio."""
