@@ -19,8 +19,18 @@ import numpy as np
 
 from benchmarks.report import Report, common_options
 from mergepipe.tasks import convert
-from mergepipe.tasks.method import BLOCK_ELEMENTS, Accumulator, Array, Job, State, StoredKernel, Tile, no_stored
-from mergepipe.tasks.registry import METHODS
+from mergepipe.tasks.method import (
+    BLOCK_ELEMENTS,
+    Accumulator,
+    Array,
+    Job,
+    Sparsifier,
+    State,
+    StoredKernel,
+    Tile,
+    no_stored,
+)
+from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 
 UNIT = 1 << 20
 """Elements of a unit: 8 MiB of bf16 for a base and three models."""
@@ -150,6 +160,7 @@ def main(
     streams = random_streams(size, models)
     report_roofed(report, streams, density, repeats)
     report_threshold(report, streams, density, repeats)
+    report_random(report, streams, repeats)
     report.save(json_path)
 
 
@@ -187,6 +198,26 @@ def report_threshold(report: Report, streams: list[Array], density: float, repea
     torch.set_num_threads(threads)
     assert float(torch.topk(magnitudes, k).values[-1]) == float(merge.state["thresholds"][0]), "thresholds differ"
     report.add("torch.topk / exact threshold", report.add("torch.topk of one delta", theirs, "ns") / ours, "x")
+
+
+def report_random(report: Report, streams: list[Array], repeats: int) -> None:
+    """Masks drawn at random, of a block of one delta: `random` looks at nothing, `della` ranks every row."""
+    base, delta = np.empty(BLOCK_ELEMENTS, np.float32), np.empty(BLOCK_ELEMENTS, np.float32)
+    convert.decode(streams[0][:BLOCK_ELEMENTS], "BF16", base)
+    convert.decode_delta(streams[1][:BLOCK_ELEMENTS], "BF16", base, delta)
+    tile = Tile(0, 0, base, delta[None].copy(), np.empty((0, BLOCK_ELEMENTS), np.float32))
+
+    def mask(sparsifier: Sparsifier, job: Job) -> None:
+        tile.values[0] = delta
+        sparsifier.mask(job, {}, tile)
+
+    for name in ("random", "della"):
+        sparsifier = SPARSIFIERS[name]
+        own = {p.name: p.default for p in sparsifier.parameters} | {"density": 0.5, "rescale": "none"}
+        for width in (1024, 4096):
+            job = Job("w", (BLOCK_ELEMENTS // width, width), 1, np.dtype(np.float32), {}, ({},), name, (own,))
+            times = nanoseconds(partial(mask, sparsifier, job), BLOCK_ELEMENTS, 4 * repeats)
+            report.add(f"{name}: mask of one delta, rows of {width}", times, "ns")
 
 
 if __name__ == "__main__":

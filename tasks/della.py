@@ -42,7 +42,7 @@ def ascending(row: Array) -> Array:
 
     Returns
     -------
-    int64 ndarray, shape (rows, n)
+    int32 ndarray, shape (rows, n)
 
     Examples
     --------
@@ -51,53 +51,66 @@ def ascending(row: Array) -> Array:
     """
     keys = order_keys(row)
     sizes = keys & np.iinfo(keys.dtype).max
-    order = np.empty(row.shape, np.int64)
-    _sort_rows(sizes, keys.dtype.itemsize, order, np.empty(row.shape[1], np.int64))
+    # As few passes as their counters, which every row begins with, are worth while for.
+    digit = 11 if row.shape[1] >= 2048 else 8
+    order = np.empty(row.shape, np.int32)
+    _sort_rows(sizes, digit, -(-(8 * keys.dtype.itemsize - 1) // digit), order)
     return order
 
 
 @kernel
-def _sort_rows(sizes: Array, nbytes: int, order: Array, spare: Array) -> None:
-    """Stable radix sort of the indices of each row, a byte at a time; one that all have in common is passed over."""
-    counts = np.empty(256, np.int64)
-    n = sizes.shape[1]
+def _sort_rows(sizes: Array, bits: int, passes: int, order: Array) -> None:
+    """Stable radix sort of each row, `bits` at a time: keys go along with their indices, so that both lie in order.
+
+    A digit that all of a row have in common is passed over.
+    """
+    n, mask = sizes.shape[1], (1 << bits) - 1
+    counts = np.empty((passes, mask + 1), np.int32)
+    keys, indices = np.empty((2, n), sizes.dtype), np.empty((2, n), np.int32)
     for row in range(sizes.shape[0]):
-        keys = sizes[row]
-        source, target = order[row], spare
+        source, places = sizes[row], order[row]
+        counts[:] = 0
         for i in range(n):
-            source[i] = i
-        for byte in range(nbytes):
-            counts[:] = 0
-            for i in range(n):
-                counts[np.uintp((keys[i] >> (8 * byte)) & 0xFF)] += 1
-            if counts[np.uintp((keys[0] >> (8 * byte)) & 0xFF)] == n:
+            places[i] = i
+            key = source[i]
+            for k in range(passes):
+                counts[np.uintp(k), np.uintp((key >> (bits * k)) & mask)] += np.int32(1)
+        side = 0
+        for k in range(passes):
+            own, shift = counts[k], bits * k
+            if own[np.uintp((source[0] >> shift) & mask)] == n:
                 continue
-            start = 0
-            for value in range(256):
-                start, counts[value] = start + counts[value], start
+            start = np.int32(0)
+            for value in range(mask + 1):
+                count = own[value]
+                own[value] = start
+                start += count
+            target, there = keys[side], indices[side]
             for i in range(n):
-                index = source[i]
-                digit = np.uintp((keys[np.uintp(index)] >> (8 * byte)) & 0xFF)
-                target[np.uintp(counts[digit])] = index
-                counts[digit] += 1
-            source, target = target, source
-        order[row] = source
+                key = source[i]
+                digit = np.uintp((key >> shift) & mask)
+                place = np.uintp(own[digit])
+                own[digit] += np.int32(1)
+                target[place] = key
+                there[place] = places[i]
+            source, places = target, there
+            side = 1 - side
+        order[row] = places
 
 
 @kernel
-def _drop_ranked(
-    values: Array, order: Array, words: Array, least: float, slope: float, lone: float, inverse: bool
-) -> None:
-    """Keep the element at rank r if its word is below ``2**32 * (least + slope * r / (n - 1))``."""
-    n = order.shape[1]
+def _drop_ranked(values: Array, order: Array, words: Array, chances: Array, inverse: bool) -> None:
+    """Keep the element at rank r if its word is below ``2**32 * chances[r]``."""
+    n, zero = order.shape[1], values.dtype.type(0)
+    limits = np.empty(n, np.int64)
+    for rank in range(n):
+        limits[rank] = np.int64(np.floor(chances[rank] * 4294967296.0))
     for row in range(order.shape[0]):
+        own, drawn, places = values[row * n : (row + 1) * n], words[row * n : (row + 1) * n], order[row]
         for rank in range(n):
-            i = row * n + order[row, rank]
-            p = least + slope * (rank / (n - 1)) if n > 1 else lone
-            if np.float64(words[i]) >= np.floor(p * 4294967296.0):
-                values[i] = 0
-            elif inverse:
-                values[i] = values.dtype.type(values[i] / p)
+            i = np.uintp(places[rank])
+            kept = values.dtype.type(own[i] / chances[rank]) if inverse else own[i]
+            own[i] = kept if np.int64(drawn[i]) < limits[rank] else zero
 
 
 def drop(job: Job, tile: Tile, drawn: Sequence[Drawn], stream: str = "") -> None:
@@ -121,8 +134,8 @@ def drop(job: Job, tile: Tile, drawn: Sequence[Drawn], stream: str = "") -> None
             continue
         philox.words(np.uint64(philox.mask_key(job.seed, job.offset + k, job.name + stream)), tile.start, words)
         order = ascending(tile.values[k].reshape(-1, n))
-        inverse = params["rescale"] == "inverse_keep"
-        _drop_ranked(tile.values[k], order, words, density - epsilon, 2 * epsilon, density, inverse)
+        chances = density - epsilon + 2 * epsilon * (np.arange(n) / (n - 1)) if n > 1 else np.array([density])
+        _drop_ranked(tile.values[k], order, words, chances, params["rescale"] == "inverse_keep")
 
 
 def check(job: Job, drawn: Sequence[Mapping[str, Any]]) -> None:

@@ -20,6 +20,9 @@ from mergepipe.tasks.method import Array
 
 ROUNDS = 10
 
+STRIP = 1024
+"""Words drawn at once: they stay in the first-level cache."""
+
 
 def mask_key(seed: int, position: int, name: str) -> int:
     """The 64-bit key of the mask of one model's tensor.
@@ -53,12 +56,25 @@ def _block(counter: Any, key: Any) -> Any:
 
 
 @kernel
+def _blocks(counter: int, key: Any, out: Array) -> None:
+    """The words of counters from `counter` on, into `out`, uint32, shape (4 * k,): several counters side by side."""
+    first, own = np.uint64(counter), np.uint64(key)
+    for j in range(out.size // 4):
+        drawn = _block(first + np.uint64(j), own)
+        out[np.uintp(4 * j)] = drawn[0]
+        out[np.uintp(4 * j + 1)] = drawn[1]
+        out[np.uintp(4 * j + 2)] = drawn[2]
+        out[np.uintp(4 * j + 3)] = drawn[3]
+
+
+@kernel
 def words(key: Any, start: int, out: Array) -> None:
     """The words of elements `start` to ``start + n`` under `key`, into `out`, uint32, shape (n,)."""
-    for i in range(out.size):
-        element = np.uint64(start + i)
-        block = _block(element >> np.uint64(2), np.uint64(key))
-        out[i] = block[element & np.uint64(3)]
+    strip = np.empty(STRIP, np.uint32)
+    for begin in range(start // 4 * 4, start + out.size, STRIP):
+        _blocks(begin // 4, key, strip)
+        low, high = max(begin, start), min(begin + STRIP, start + out.size)
+        out[low - start : high - start] = strip[low - begin : high - begin]
 
 
 @kernel
@@ -76,11 +92,10 @@ def drop_random(values: Array, key: Any, start: int, limit: int) -> None:
     limit : int
         0 to 2**32: the kept fraction times 2**32.
     """
-    first = start // 4
-    for counter in range(first, (start + values.size + 3) // 4):
-        drawn = _block(np.uint64(counter), np.uint64(key))
-        offset = counter * 4 - start
-        for j in range(4):
-            i = offset + j
-            if 0 <= i < values.size and np.int64(drawn[j]) >= limit:
-                values[i] = 0
+    zero, strip = values.dtype.type(0), np.empty(STRIP, np.uint32)
+    for begin in range(start // 4 * 4, start + values.size, STRIP):
+        _blocks(begin // 4, key, strip)
+        low, high = max(begin, start), min(begin + STRIP, start + values.size)
+        kept, drawn = values[low - start : high - start], strip[low - begin : high - begin]
+        for i in range(kept.size):
+            kept[i] = kept[i] if np.int64(drawn[i]) < limit else zero
