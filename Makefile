@@ -10,7 +10,7 @@ RIVAL := .venv-mergekit
 # Processes that run tests side by side.
 WORKERS ?= 2
 
-.PHONY: help test test-all test-mergekit demo lint format types docs bench bench-gpu check clean
+.PHONY: help test test-all test-mergekit demo lint format types docs bench bench-gpu proof-7b proof-70b check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,12 @@ bench: $(READY)  ## the benchmarks at full size
 
 bench-gpu: $(READY)  ## a GPU against the CPU: SVD units and row scoring of 70B-sized matrices
 	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
+
+proof-7b: $(READY)  ## merge 7B models of real bytes under 2 GiB, killed five times (70 GB of disk)
+	$(BIN)/python -m benchmarks.proof_7b $(ARGS)
+
+proof-70b: $(READY)  ## merge 70B models whose layers share extents, killed ten times (root, xfsprogs, 60 GB of disk)
+	$(BIN)/python -m benchmarks.proof_70b $(ARGS)
 
 check: test lint types  ## what .ci/run runs
 

@@ -201,8 +201,8 @@ def shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def header(shapes: dict[str, tuple[int, ...]], dtype: str, itemsize: int) -> bytes:
-    """The first bytes of a safetensors file with these tensors."""
+def header(shapes: dict[str, tuple[int, ...]], dtype: str, itemsize: int, align: int = 8) -> bytes:
+    """The first bytes of a safetensors file with these tensors; their data begins at a multiple of `align`."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -210,7 +210,7 @@ def header(shapes: dict[str, tuple[int, ...]], dtype: str, itemsize: int) -> byt
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-(len(raw) + 8) % 8)
+    raw += b" " * (-(len(raw) + 8) % align)
     return len(raw).to_bytes(8, "little") + raw
 
 

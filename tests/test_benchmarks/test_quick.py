@@ -8,31 +8,57 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
+PROOFS = ("proof_7b", "proof_70b")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_quick(name: str, tmp_path: Path) -> None:
-    """``python -m benchmarks.NAME --quick --json FILE``."""
+def quick(name: str, tmp_path: Path) -> dict[str, Any]:
+    """Run ``python -m benchmarks.NAME --quick --json FILE``; the report, which must leave nothing else behind."""
     saved = tmp_path / "figures.json"
     environment = {key: value for key, value in os.environ.items() if key != "MERGEPIPE_MERGEKIT_PYTHON"}
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(saved), "--folder", str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(saved.read_text())
     assert report["versions"]["mergepipe"] != "not installed"
-    assert report["figures"], done.stdout
     assert all(math.isfinite(figure["value"]) for figure in report["figures"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json"], "temporary data was left behind"
+    found: dict[str, Any] = report
+    return found
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
+def test_quick(name: str, tmp_path: Path) -> None:
+    """Every benchmark measures something."""
+    assert quick(name, tmp_path)["figures"]
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_proof(name: str, tmp_path: Path) -> None:
+    """A small proof holds, kills included; a machine that lacks what it takes is named."""
+    report = quick(name, tmp_path)
+    if "skipped" in report["settings"]:
+        pytest.skip(report["settings"]["skipped"])
+    figures = {figure["name"]: figure["value"] for figure in report["figures"]}
+    assert figures["kills survived"] == 2
+    assert figures["processes"] == 3
+    assert 0 < figures["peak anonymous memory"] <= figures["ceiling"]
+    equal = "tensors equal to those of the two-layer merge"
+    if name == "proof_70b":
+        assert figures[equal] == figures["tensors of each"] == 9 * 4 + 3
+        assert figures["models, on the disk"] < 0.8 * figures["models, as their files say"]
+    else:
+        assert figures["files equal to those of a merge without kills"] > 3
+
+
+@pytest.mark.parametrize("name", [*BENCHMARKS, *PROOFS])
 def test_help(name: str) -> None:
     """Every benchmark says what it does."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--help"]
