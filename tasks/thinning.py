@@ -90,7 +90,9 @@ def settle(job: Job, state: State) -> State:
 
 def threshold_reductions(job: Job, reads: float = 1.0) -> tuple[Reduction, ...]:
     """The sweeps from :func:`start_thresholds` on; `reads` as of :func:`mergepipe.tasks.select.refinements`."""
-    return (*refinements(job, STAGE, 1, settle, reads), Ties(), Rescale())
+    ties = (Ties(),) if any(params["tie_rule"] == "index" for params in job.sparsify_params) else ()
+    norms = (Rescale(),) if any(restored_norms(job)) else ()
+    return (*refinements(job, STAGE, 1, settle, reads), *ties, *norms)
 
 
 @dataclass(frozen=True, slots=True)

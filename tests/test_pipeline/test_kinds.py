@@ -178,3 +178,20 @@ def test_the_collector_is_left_as_it_was() -> None:
     with pytest.raises(ValueError, match="mine"), paused_collector():
         raise ValueError("mine")
     assert gc.isenabled()
+
+
+def test_a_plan_counts_no_sweep_that_is_never_made() -> None:
+    """Exact thresholds of bf16: a sample and one sweep; ties are counted and norms taken where a recipe asks for it."""
+    tensor = replace(plan_of("ties").tensors[1], shape=(4096, 1024))
+    given = tensor.sparsify_params[0] | {"density": 0.2}
+
+    def sweeps(**asked: Any) -> tuple[str, ...]:
+        changed = replace(tensor, sparsify_params=({**given, **asked},) * 2)
+        plan = replace(plan_of("ties"), tensors=(changed,), groups=((changed.name,),))
+        (item,) = schedule(plan, Ceiling(512 * MIB, 2), gathered=[False] * 3)
+        assert asked or item.sweep_reads == 1 + 1 / 16
+        return item.sweeps
+
+    assert not {"ties", "norms after thinning"} & set(sweeps())
+    assert "ties" in sweeps(tie_rule="index")
+    assert "norms after thinning" in sweeps(rescale=True)
