@@ -7,10 +7,12 @@ LAYERS := cli pipeline storage tasks
 FARM := build/typing/mergepipe
 # mergekit is what our results are compared with, never a dependency: it has an environment of its own.
 RIVAL := .venv-mergekit
+# Where benchmarks leave their figures, for `python -m benchmarks.compare OLD.json NEW.json`.
+RESULTS := build/bench
 # Processes that run tests side by side.
 WORKERS ?= 2
 
-.PHONY: help test test-all test-mergekit demo lint format types docs bench bench-gpu proof-7b proof-70b check clean
+.PHONY: help test test-all test-mergekit demo lint format types docs bench bench-full bench-gpu proof-7b proof-70b check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -59,9 +61,20 @@ types: $(READY)  ## mypy --strict
 docs: $(READY)  ## what the documentation says about commands, methods and the tree is so
 	$(BIN)/python -m pytest -q tests/test_repo tests/test_cli/test_help.py $(ARGS)
 
-bench: $(READY)  ## the benchmarks at full size
+bench: $(READY)  ## the benchmarks in minutes, at sizes that show where time goes; results in build/bench
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m benchmarks.bench_run --json $(RESULTS)/run.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_kernels --json $(RESULTS)/kernels.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_dask --json $(RESULTS)/dask.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_plan --size 70B --repeats 1 --json $(RESULTS)/plan.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_tadrop --json $(RESULTS)/tadrop.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_rkl --json $(RESULTS)/rkl.json $(ARGS)
+
+bench-full: $(READY)  ## every benchmark at full size, in an hour or two and 40 GB; results in build/bench-full
+	mkdir -p $(RESULTS)-full
 	for bench in $(filter-out bench_gpu,$(basename $(notdir $(wildcard benchmarks/bench_*.py)))); do \
-	  echo "== $$bench"; $(BIN)/python -m benchmarks.$$bench $(ARGS) || exit 1; \
+	  echo "== $$bench"; \
+	  $(BIN)/python -m benchmarks.$$bench --json $(RESULTS)-full/$${bench#bench_}.json $(ARGS) || exit 1; \
 	done
 
 bench-gpu: $(READY)  ## a GPU against the CPU: SVD units and row scoring of 70B-sized matrices

@@ -93,14 +93,18 @@ class Layout:
 
 LAYOUTS = {
     "1M": Layout(128, 384, 4, 1000, 4, 2),
+    "4M": Layout(256, 768, 4, 2000, 4, 2),
     "0.1B": Layout(768, 2048, 10, 16_000, 12, 4),
     "0.25B": Layout(1024, 2816, 16, 32_000, 16, 8),
+    "0.3B": Layout(1280, 3456, 12, 32_000, 10, 5),
     "0.5B": Layout(1536, 4096, 16, 32_000, 12, 4),
     "1B": Layout(2048, 5632, 22, 32_000, 32, 4),
+    "2B": Layout(2560, 6912, 26, 32_000, 20, 5),
     "7B": Layout(4096, 11_008, 32, 32_000, 32, 32),
     "70B": Layout(8192, 28_672, 80, 128_256, 64, 8),
+    "405B": Layout(16_384, 53_248, 126, 128_256, 128, 8),
 }
-"""Known sizes by name; the last two are for header-only files."""
+"""Known sizes by name; the last three are for header-only files: Llama 2 7B, Llama 3 70B, Llama 3.1 405B."""
 
 
 def write_checkpoints(folder: Path, layout: Layout, experts: int = 3, seed: int = 0) -> list[Path]:

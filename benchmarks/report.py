@@ -50,10 +50,16 @@ class Report:
     def add(self, name: str, values: float | Sequence[float], unit: str) -> float:
         """Add and print a figure; its median is returned."""
         listed = [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
-        median = statistics.median(listed)
-        self.figures.append(Figure(name, median, unit, min(listed), max(listed)))
+        median = self.keep(name, listed, unit)
         spread = f"   ({min(listed):.4g} to {max(listed):.4g})" if len(listed) > 1 else ""
         click.echo(f"{name:<58} {median:>10.4g} {unit}{spread}")
+        return median
+
+    def keep(self, name: str, values: float | Sequence[float], unit: str) -> float:
+        """Add a figure that is printed in another way; its median is returned."""
+        listed = [float(values)] if isinstance(values, int | float) else [float(value) for value in values]
+        median = statistics.median(listed)
+        self.figures.append(Figure(name, median, unit, min(listed), max(listed)))
         return median
 
     def add_rate(self, name: str, times_ns: Sequence[float], nbytes: int, memcpy: float) -> None:
