@@ -65,7 +65,7 @@ def change(model: Path, edit: Change) -> None:
     tensors = read_tensors(model)
     edit(tensors)
     for path in (*model.glob("*.safetensors"), model / "model.safetensors.index.json"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
 
 
@@ -208,6 +208,9 @@ BY_HEADERS = {
         "averages the codes, exit 0", to_fp8, 4, (UP, "F8_E4M3", "/expert-1", "scale", "dequantise"),
         {"dtype": "bfloat16"},
     ),
+    "fp8 codes alone, no dtype": Row(
+        "fails in the run", to_fp8, 4, (UP, "F8_E4M3", "/expert-1", "scale", "dequantise")
+    ),
     "int8 in one model": Row(
         "merges integers as floats, exit 0", to_int8, 4, (UP, "/expert-1", "Remedy: ", "quantised"),
         {"dtype": "bfloat16"},
@@ -262,21 +265,41 @@ def test_found_before_any_work(name: str, here: Path, capsys: pytest.CaptureFixt
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 
-def test_fp8_with_scales_is_what_it_stands_for(here: Path) -> None:
-    """mergekit averages the codes and drops the scales, exit 0."""
+FP8_RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {"base_model": None, "parameters": {"weight": 0.5}},
+    "ties": {"parameters": {"weight": 0.5, "density": 0.6}},
+    "slerp": {"parameters": {"t": 0.3}, "models": [{"model": "./expert-0"}]},
+    "passthrough": {"base_model": None, "parameters": None, "models": [{"model": "./expert-0"}]},
+}
 
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[UP] = tensors[UP].to(torch.float8_e4m3fn)
-        tensors[f"{UP}_scale_inv"] = torch.tensor([[0.5]])
 
-    everywhere(here, edit)
-    write_recipe(here, merge_method="linear", base_model=None, parameters={"weight": 0.5}, dtype="float32")
-    assert main(["build"]) == 0
-    assert main(["run", "--quiet"]) == 0
-    merged = read_tensors(here / "merged")
-    models = [read_tensors(here / name)[UP].float() * 0.5 for name in ("expert-0", "expert-1")]
-    torch.testing.assert_close(merged[UP], (models[0] + models[1]) / 2, rtol=1e-6, atol=0)
-    assert f"{UP}_scale_inv" not in merged
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+@pytest.mark.parametrize("method", FP8_RECIPES)
+def test_fp8_with_scales_is_what_it_stands_for(method: str, dtype: str | None, here: Path) -> None:
+    """mergekit averages the codes and drops the scales, exit 0; without a dtype it stops in the run."""
+    scale = torch.tensor([[0.5]])
+
+    def encode(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UP] = (tensors[UP] * 2).to(torch.float8_e4m3fn)
+        tensors[f"{UP}_scale_inv"] = scale
+
+    def stand_for(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UP] = tensors[UP].float().mul(scale).bfloat16()
+        del tensors[f"{UP}_scale_inv"]
+
+    found = []
+    for edit in (encode, stand_for):
+        everywhere(here, edit)
+        write_recipe(here, merge_method=method, dtype=dtype, **FP8_RECIPES[method])
+        assert main(["build"]) == 0
+        assert main(["run", "--quiet"]) == 0
+        found.append(read_tensors(here / "merged"))
+        shutil.rmtree(here / "merged")
+        shutil.rmtree(here / ".mergepipe")
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[1].items():
+        assert torch.equal(found[0][name], value), name
+    assert found[0][UP].dtype == torch.bfloat16
 
 
 def test_a_full_disk_is_seen_before_work(
