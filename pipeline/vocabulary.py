@@ -176,7 +176,8 @@ def refuse_adjusted(vocabulary: Vocabulary | None, checkpoints: Sequence[InputMo
             if gather.name in checkpoints[number].adjust:
                 raise CheckpointError(
                     f"'{gather.name}' of '{checkpoints[number].reference}' has scales or an adapter, and its rows are "
-                    f"not those of the merged vocabulary: save that model merged and dequantised first"
+                    f"not those of the merged vocabulary. Make that model in a document of its own before this one "
+                    f"({{name: tuned, merge_method: passthrough, models: [{{model: …}}]}}), and merge `tuned` here"
                 )
 
 
