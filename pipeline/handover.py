@@ -2,7 +2,8 @@
 
 The command runs once a shard is complete under its final name; when it succeeds, the journal says so, and the shard is
 neither read nor expected to be there again. It may run twice for the same shard, if the process dies between its end
-and the record of it.
+and the record of it, or before its end: a killed process leaves its command at work, and the next run may call it
+again beside that one. A shard that is gone by then is made again, and comes a second time with the same bytes.
 """
 
 from __future__ import annotations
