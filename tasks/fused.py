@@ -181,6 +181,7 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     # Eight marks are looked at as one word, and most words are zero. Marks behind the end stay so.
     marks = np.zeros(STRIP, np.uint8)
     words = marks.view(np.int64)
+    found = np.empty(STRIP, np.int32)
     worst = np.int32(0)
     for start in range(0, base.size, STRIP):
         stop = min(start + STRIP, base.size)
@@ -196,7 +197,8 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
                     worst = max(worst, peak)
                     if counts.shape[2] > FINE_BINS:
                         counts[k, r, FINE_BINS] += lower
-                    _count_marked(below, row, marks, words, low, shifts[k, r], counts[k, r])
+                    size = _gather(marks, words, found)
+                    _count_found(below, row, found[:size], low, shifts[k, r], counts[k, r])
     return bool(worst < 0x7F80)
 
 
@@ -221,16 +223,26 @@ def _mark(base: Array, row: Array, low: Any, width: Any, marks: Array) -> Any:
 
 
 @kernel
-def _count_marked(base: Array, row: Array, marks: Array, words: Array, low: Any, shift: int, counts: Array) -> None:
-    within = np.int32((1 << shift) - 1)
+def _gather(marks: Array, words: Array, found: Array) -> Any:
+    """The places that are marked into `found`; how many there are. No branch asks for a single mark."""
+    size = np.int64(0)
     for word in range(words.size):
         if words[word] != 0:
             for i in range(8 * word, 8 * word + 8):
-                if marks[i]:
-                    place = np.int32(_key(np.int32(base[i]), np.int32(row[i])) - low)
-                    at = np.uintp(place >> shift)
-                    odd = ((place & within) != 0) & (counts[at] < ODD)
-                    counts[at] += np.int64(1) + (np.int64(odd) << 40)
+                found[np.uintp(size)] = i
+                size += np.int64(marks[np.uintp(i)])
+    return size
+
+
+@kernel
+def _count_found(base: Array, row: Array, found: Array, low: Any, shift: int, counts: Array) -> None:
+    within = np.int32((1 << shift) - 1)
+    for k in range(found.size):
+        i = np.uintp(found[k])
+        place = np.int32(_key(np.int32(base[i]), np.int32(row[i])) - low)
+        at = np.uintp(place >> shift)
+        odd = ((place & within) != 0) & (counts[at] < ODD)
+        counts[at] += np.int64(1) + (np.int64(odd) << 40)
 
 
 @kernel
