@@ -99,6 +99,7 @@ BY_PART = [
     {"filter": "mlp", "value": [1, 0.2]},
     {"value": 0.5},
 ]
+SHARES = [{"filter": "self_attn", "value": [0.3, 1.0]}, {"filter": "mlp", "value": [1, 0.2]}, {"value": 0.5}]
 BY_LAYER = [*({"filter": f"layers.{n}.", "value": 0.1 * n} for n in range(LAYERS)), {"value": 0.7}]
 
 CASES = (
@@ -186,6 +187,39 @@ CASES = (
             "slices": [
                 one(of("c", 0, 2), of("a", 0, 2), of("b", 0, 2)),
                 one(of("a", 2, 4), of("c", 2, 4), of("b", 1, 3)),
+            ],
+        },
+        ulps=2,
+    ),
+    Case(
+        "ties-slices",
+        "llama",
+        {
+            "merge_method": "ties",
+            "base_model": "c",
+            "dtype": "float32",
+            "parameters": {"density": [0.9, 0.4], "weight": 0.5, "normalize": True},
+            "slices": [
+                one(
+                    of("c", 0, 2),
+                    of("a", 0, 2, density=[{"filter": "mlp", "value": [0.2, 0.6]}, {"value": 0.7}]),
+                    of("b", 0, 2, weight=[1, 0.2]),
+                ),
+                one(of("c", 1, 4), of("b", 1, 4, weight=BY_PART), of("a", 1, 4), parameters={"density": 0.3}),
+            ],
+        },
+        ulps=4,
+        layers=5,
+    ),
+    Case(
+        "filters-in-a-slice",
+        "llama",
+        {
+            "merge_method": "linear",
+            "dtype": "float32",
+            "slices": [
+                one(of("a", 0, 3), of("b", 0, 3), parameters={"weight": SHARES}),
+                one(of("a", 3, 4, weight=[0.3, 0.9]), of("c", 3, 4), parameters={"weight": [0.2, 0.4, 0.8]}),
             ],
         },
         ulps=2,

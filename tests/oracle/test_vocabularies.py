@@ -6,6 +6,8 @@ The order of a union's new tokens is arbitrary there, so rows are compared by to
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import yaml
-from safetensors.numpy import load_file
 
 import mergepipe
 from oracle.expected import ulp
 from oracle.rival import run_mergekit
+from support.checkpoints import read_tensors
 from support.vocabularies import Model, byte_tokenizer, expected_rows, write_llama
 
 pytestmark = [pytest.mark.oracle, pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -30,12 +32,16 @@ Named = dict[str, Model]
 
 @dataclass(frozen=True)
 class Case:
-    """One recipe: which models, which of them is the base, and what it says of tokenizers."""
+    """One recipe: which models, which of them is the base, and what it says of tokenizers.
+
+    With `layers`, the layers that each slice takes of each model in turn; a slice of one model stacks its layers.
+    """
 
     models: tuple[str, ...]
     base: str | None
     keys: Callable[[Named], dict[str, Any]]
     method: str = "linear"
+    layers: tuple[dict[str, tuple[int, int]], ...] = ()
 
 
 def _source(name: str) -> Callable[[Named], dict[str, Any]]:
@@ -58,7 +64,12 @@ def _padded(models: Named) -> dict[str, Any]:
     return {"tokenizer": {"source": "union", "pad_to_multiple_of": 32}}
 
 
+def _template(asked: str) -> Callable[[Named], dict[str, Any]]:
+    return lambda models: {"tokenizer_source": "union", "chat_template": asked}
+
+
 THREE = ("base", "chat", "more")
+BY_LAYER = tuple(dict.fromkeys(THREE, (n, n + 1)) for n in range(2))
 CASES = {
     "union": Case(THREE, "base", _source("union")),
     "union-of-others": Case(("chat", "more", "other"), "chat", _source("union")),
@@ -71,6 +82,15 @@ CASES = {
     "padded-rows": Case(("wide", "chat", "more"), "wide", _source("union")),
     "task-arithmetic": Case(THREE, "base", _source("union"), "task_arithmetic"),
     "slerp": Case(("base", "chat"), "base", _source("union"), "slerp"),
+    "slices": Case(THREE, "base", _source("union"), layers=BY_LAYER),
+    "slices-base": Case(THREE, "base", _source("base"), layers=BY_LAYER),
+    "slices-tokens": Case(THREE, "base", _tokens, layers=BY_LAYER),
+    "slices-padding": Case(THREE, None, _padded, layers=BY_LAYER),
+    "slices-task-arithmetic": Case(THREE, "base", _source("union"), "task_arithmetic", layers=BY_LAYER),
+    "stack": Case(("base", "chat"), None, _source("union"), "passthrough", ({"base": (0, 2)}, {"chat": (0, 2)})),
+    "stack-model": Case(("base", "chat"), None, _source("chat"), "passthrough", ({"base": (0, 2)}, {"chat": (0, 2)})),
+    "template-auto": Case(THREE, "base", _template("auto")),
+    "template-chatml": Case(THREE, "base", _template("chatml")),
 }
 
 
@@ -79,11 +99,18 @@ def _recipe(case: Case, models: Named) -> dict[str, Any]:
     recipe: dict[str, Any] = {"merge_method": case.method, "dtype": "float32", "models": listed}
     if case.method == "slerp":
         recipe["parameters"] = {"t": 0.4}
-    else:
+    elif case.method != "passthrough":
         for entry, weight in zip(listed, WEIGHTS, strict=False):
             entry["parameters"] = {"weight": weight}
     if case.method == "task_arithmetic":
-        del listed[0]
+        del listed[0]["parameters"]
+    if case.layers:
+        own_entry = dict(zip(case.models, listed, strict=True))
+        del recipe["models"]
+        recipe["slices"] = [
+            {"sources": [own_entry[name] | {"layer_range": list(taken)} for name, taken in one.items()]}
+            for one in case.layers
+        ]
     own = {} if case.base is None else {"base_model": str(models[case.base].folder)}
     return recipe | own | case.keys(models)
 
@@ -95,9 +122,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Named:
     chat = {"<|im_start|>": True, "<tool>": False}
     more = {"<tool>": False, "<|im_start|>": True, "<x>": True}
     return {
-        "base": write_llama(folder / "base", byte_tokenizer(plain), 0),
-        "chat": write_llama(folder / "chat", byte_tokenizer(plain, chat), 1),
-        "more": write_llama(folder / "more", byte_tokenizer(plain, more), 2),
+        "base": write_llama(folder / "base", byte_tokenizer(plain), 0, template="A{{ messages[0]['content'] }}"),
+        "chat": write_llama(folder / "chat", byte_tokenizer(plain, chat), 1, template="B{{ messages[0]['content'] }}"),
+        "more": write_llama(folder / "more", byte_tokenizer(plain, more), 2, template="B{{ messages[0]['content'] }}"),
         "other": write_llama(folder / "other", byte_tokenizer(["op", "ab", "Ġa"]), 3),
         "wide": write_llama(folder / "wide", byte_tokenizer(plain), 4, rows=64),
     }
@@ -124,11 +151,13 @@ def test_the_same_rows_for_the_same_tokens(name: str, models: Named, theirs: dic
     mergepipe.run(tmp_path / "work")
     folders = (tmp_path / "merged", theirs[name] / "merged")
     assert folders[1].is_dir(), (theirs[name] / "error.txt").read_text()
-    (own, other), ids = [load_file(path / "model.safetensors") for path in folders], [_ids(path) for path in folders]
+    (own, other), ids = [_tensors(path) for path in folders], [_ids(path) for path in folders]
     assert set(ids[0]) == set(ids[1])
     sizes = [json.loads((path / "config.json").read_text())["vocab_size"] for path in folders]
     assert sizes[0] == sizes[1]
     assert set(own) == set(other)
+    if "chat_template" in case.keys(models):
+        assert _rendered(folders[0]) == _rendered(folders[1])
     order = sorted(ids[0])
     for key in own:
         if key not in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -142,10 +171,67 @@ def test_the_same_rows_for_the_same_tokens(name: str, models: Named, theirs: dic
         largest = _largest([models[one] for one in case.models], key, ids[0], order, case)
         for token in case.keys(models).get("tokenizer", {}).get("tokens", {}):
             largest[order.index(token)] = largest.max()  # from wherever the recipe says
+        known = _known(case, models, key)
+        if known is not None:
+            has = np.array([token in known for token in order])
+            # Theirs are rows of zeros; ours those of the model that has the token.
+            assert not rival[~has].any()
+            assert ours[~has].any(axis=1).all()
+            ours, rival, largest = ours[has], rival[has], largest[has]
         _check(ours, rival, largest, 4 if case.method == "slerp" else 2)
         padding = slice(len(order), None)
         # Theirs is a float32 sum of all rows: it is as far off as that.
         _check(own[key][padding], other[key][padding], np.abs(ours).max(axis=0) * len(order) ** 0.5, 2)
+
+
+def _known(case: Case, models: Named, key: str) -> set[str] | None:
+    """In a stack, the tokens of the models of the slice that makes a table: nobody else lends rows to mergekit."""
+    if case.method != "passthrough":
+        return None
+    makers = case.layers[0 if key == "model.embed_tokens.weight" else -1]
+    return {token for name in makers for token in models[name].vocab}
+
+
+def _tensors(folder: Path) -> dict[str, npt.NDArray[np.float32]]:
+    return {name: value.numpy() for name, value in read_tensors(folder).items()}
+
+
+def _rendered(folder: Path) -> str:
+    """What the chat template makes of a conversation."""
+    import transformers
+
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "ab"}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def test_a_chain_over_vocabularies(models: Named, mergekit_python: Path, tmp_path: Path) -> None:
+    """A union of a merge with another model, in two documents; rows by token."""
+    plain = {"merge_method": "linear", "dtype": "float32", "parameters": {"weight": 1}, "tokenizer_source": "union"}
+    base, chat, other = (str(models[name].folder) for name in ("base", "chat", "other"))
+    first = plain | {"name": "first", "base_model": base, "models": [{"model": base}, {"model": chat}]}
+    last = plain | {"base_model": "first", "models": [{"model": "first"}, {"model": other}]}
+    text = yaml.safe_dump_all([first, last])
+    (tmp_path / "recipe.yaml").write_text(text)
+    command = [str(mergekit_python.parent / "mergekit-multi"), str(tmp_path / "recipe.yaml"), "--no-copy-tokenizer"]
+    command += ["-I", str(tmp_path / "between"), "--out-path", str(tmp_path / "theirs"), "--no-write-model-card"]
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    mergepipe.build(tmp_path / "recipe.yaml", work=tmp_path / "work", out=tmp_path / "merged")
+    mergepipe.run(tmp_path / "work")
+    folders = (tmp_path / "merged", tmp_path / "theirs")
+    (own, rival), ids = [_tensors(path) for path in folders], [_ids(path) for path in folders]
+    assert set(ids[0]) == set(ids[1])
+    assert own.keys() == rival.keys()
+    order = sorted(ids[0])
+    for key, value in own.items():
+        table = key in ("model.embed_tokens.weight", "lm_head.weight")
+        mine, theirs = (
+            (each[key][[vocabulary[token] for token in order]] if table else each[key])
+            for each, vocabulary in zip((own, rival), ids, strict=True)
+        )
+        _check(mine, theirs, np.maximum(np.abs(value).max(), np.abs(mine)), 4)
 
 
 def _largest(
