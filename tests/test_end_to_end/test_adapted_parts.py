@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import mergepipe
 from mergepipe.errors import CheckpointError
 from support import whole
-from support.adapters import write_adapter
+from support.plain_adapters import write_adapter
 from support.vocabularies import TABLES, byte_tokenizer, expected_rows, write_model
 
 pytestmark = pytest.mark.filterwarnings("default")
