@@ -16,8 +16,9 @@ from mergepipe.tasks.method import BLOCK_ELEMENTS
 
 MIB = 1024 * 1024
 RESERVED_BYTES = 256 * MIB
-"""Interpreter, libraries, compiled kernels and what the allocator keeps: at most 213 MiB were measured in fresh
-processes beyond what units take (88 MiB before any work, 116 MiB where the kernels had to be compiled)."""
+"""Interpreter, libraries, compiled kernels, what the allocator keeps and 16 MiB of output that waits to be hashed: at
+most 213 MiB were measured in fresh processes beyond what units take and what waits (88 MiB before any work, 116 MiB
+where the kernels had to be compiled)."""
 
 TORCH_BYTES = 160 * MIB
 """What torch takes beside that, once imported and at work on one thread of each worker; measured and rounded up."""

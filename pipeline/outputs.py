@@ -23,8 +23,9 @@ from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.records import MANIFEST_NAME, read_record
 from mergepipe.storage import copied
 from mergepipe.storage.atomic import temporary_of, write_atomic
+from mergepipe.storage.digest import GRAIN_BYTES
 from mergepipe.storage.layout import INDEX_NAME
-from mergepipe.storage.writer import READ_BACK_BYTES, SealedShard, publish_part
+from mergepipe.storage.writer import SealedShard, publish_part
 
 HEADS_FOLDER = "heads"
 TASKS_FOLDER = "tasks"
@@ -252,7 +253,7 @@ def manifest(
                 "bytes": shard.size,
                 "sha256": shard.sha256,
                 "crc32c": list(shard.crc32c),
-                "crc32c_bytes": READ_BACK_BYTES,
+                "crc32c_bytes": GRAIN_BYTES,
             }
             for shard in sealed
         ],

@@ -1,8 +1,8 @@
 """The output shards of a run: opened, filled, sealed as they are complete, handed over if the user asks for it.
 
 Sealing happens on a thread of its own, beside the work on the next shard, in this order: commit what was written, make
-the file durable and read it back, record that in the journal, rename. Once the record is there, the file is whole
-under one of its two names.
+the file durable and complete its checksums, record that in the journal, rename. Once the record is there, the file is
+whole under one of its two names.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mergepipe.pipeline.handover import SHARDS_OPEN, hand_over, handed_record
 from mergepipe.pipeline.masks import TaskMasks
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.resume import Progress, merged, sealed_record
+from mergepipe.storage.digest import Held
 from mergepipe.storage.journal import Journal
 from mergepipe.storage.layout import OutputLayout, PlacedTensor
 from mergepipe.storage.writer import PAGE, SealedShard, ShardWriter, crc32c, publish_part, sync_folder
@@ -82,6 +83,7 @@ class Shards:
         self._lock = threading.Lock()
         self._writers: dict[int, ShardWriter] = {}
         self._unfinished: set[int] = set()
+        self._held = Held()
         self._sealed: list[Future[SealedShard]] = []
         self._open_tensors = {number: 0 for number in range(len(layout.shards)) if number not in progress.sealed}
         self.committer = Committer(journal, self._sync, drivers.fail)
@@ -183,6 +185,7 @@ class Shards:
             if shard not in self._writers:
                 layout = self._layout.shards[shard]
                 writer = self._writers[shard] = ShardWriter(self._folder, layout)
+                writer.hash_in_passing(sha256=self._sha256, held=self._held)
                 logger.info(
                     "%s: %s bytes allocated for %d tensors", layout.file, f"{layout.size:,}", len(layout.tensors)
                 )
@@ -200,7 +203,7 @@ class Shards:
     def _follow(self, shard: int) -> None:
         """Hash what is there of a shard already; what fails here fails again when it is sealed."""
         if not self._drivers.stopping:
-            self._writer(shard).follow(sha256=self._sha256)
+            self._writer(shard).follow()
 
     def _seal(self, shard: int) -> None:
         self._sealed.append(self._sealer.submit(self._seal_now, shard))
@@ -211,12 +214,12 @@ class Shards:
             writer = self._writer(number)
             began = time.monotonic()
             self.committer.commit()
-            sealed = writer.seal(sha256=self._sha256)
+            sealed = writer.seal()
             self.committer.record(sealed_record(number, sealed))
             if len(self._layout.shards) > 1:
                 writer.publish()
             seconds = time.monotonic() - began
-            logger.info("%s: synced, read back and checked in %.1f s, SHA-256 %s", sealed.file, seconds, sealed.sha256)
+            logger.info("%s: synced and checked in %.1f s, SHA-256 %s", sealed.file, seconds, sealed.sha256)
             self._announce(ShardSealed(sealed.file, sealed.size))
         except BaseException as error:
             self._drivers.fail(error)

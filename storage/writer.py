@@ -1,18 +1,20 @@
 """Writing output shards: any chunk, any order, the same file.
 
 A shard is a `.part` file until it is complete. All its bytes are allocated first, so that a full disk is found before
-hours of work; any thread writes any range at its planned offset; sealing makes it durable, reads it back, checks it
-with the safetensors library and only then gives it its final name. A `.part` file is never mistaken for a model.
+hours of work; any thread writes any range at its planned offset; sealing makes it durable, completes its checksums,
+checks it with the safetensors library and only then gives it its final name. A `.part` file is never mistaken for a
+model.
 
 What sealing does *not* promise: that the values are right, nor that the disk kept every byte as it was handed over. It
-makes the file durable, records the checksums of what reads back, and proves that it is a valid safetensors file with
-the planned tensors.
+makes the file durable, records the checksums of what was handed over (see :mod:`mergepipe.storage.digest`; of what
+reads back where that is not known any more), and proves that it is a valid safetensors file with the planned tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -24,14 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mergepipe.errors import DamageError, DiskFullError
+from mergepipe.storage.digest import GRAIN_BYTES, Digest, Held
 from mergepipe.storage.layout import ShardLayout
-from mergepipe.storage.readback import GRAIN_BYTES, ReadBack
+
+logger = logging.getLogger(__name__)
 
 PAGE = 4096
 """What writing past the page cache asks of addresses, offsets and lengths."""
-
-READ_BACK_BYTES = GRAIN_BYTES
-"""Window of the read-back at sealing, and the grain of the checksums that the manifest records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._front = len(layout.header)
         self._beyond: dict[int, int] = {}
-        self._back: ReadBack | None = None
+        self._digest: Digest | None = None
         try:
             with self._room():
                 os.ftruncate(self._fd, layout.size)
@@ -106,6 +107,8 @@ class ShardWriter:
             _write_all(self._fd, raw[:first].data, offset)
             _write_all(self._direct, raw[first:last].data, offset + first)
             _write_all(self._fd, raw[last:].data, offset + last)
+        if self._digest is not None:
+            self._digest.put(offset, raw)  # before it counts as there: whoever follows would read it back
         self.mark(offset, offset + raw.nbytes)
 
     def mark(self, start: int, stop: int) -> None:
@@ -116,14 +119,18 @@ class ShardWriter:
             while self._front in self._beyond:
                 self._front = self._beyond.pop(self._front)
 
-    def follow(self, *, sha256: bool = True) -> None:
-        """Read back and hash what is complete from the first byte on, so that sealing has less to do.
+    def hash_in_passing(self, *, sha256: bool, held: Held) -> None:
+        """Take checksums of what is written from now on; not to be called after the first piece is."""
+        self._digest = Digest(self.part, sha256=sha256, held=held)
+        self._digest.put(0, np.frombuffer(self.layout.header, np.uint8))
 
-        Not to be called by two threads at once, nor beside :meth:`seal`.
+    def follow(self) -> None:
+        """Read back and hash what could not be hashed in passing, up to the first gap, so that sealing has less to do.
+
+        Not to be called beside :meth:`seal`.
         """
-        if self._back is None:
-            self._back = ReadBack(self.part, sha256=sha256)
-        self._back.advance(self._front)
+        if self._digest is not None:
+            self._digest.advance(self._front)
 
     def sync(self) -> None:
         """Make everything written so far durable."""
@@ -131,7 +138,9 @@ class ShardWriter:
             os.fdatasync(self._fd)
 
     def seal(self, *, sha256: bool = True) -> SealedShard:
-        """Make the file durable, read it back and check it; :meth:`publish` then gives it its name.
+        """Make the file durable, complete its checksums and check it; :meth:`publish` then gives it its name.
+
+        All of it is read back unless it was hashed in passing, which decides about the SHA-256 then.
 
         Raises
         ------
@@ -143,13 +152,12 @@ class ShardWriter:
             size = os.fstat(self._fd).st_size
         if size != self.layout.size:
             raise DamageError(f"{self.part} has {size} bytes after sealing, expected {self.layout.size}")
-        self.follow(sha256=sha256)
-        back = self._back
-        assert back is not None, "follow has made it"
-        back.advance(size, whole=True)
-        back.close()
+        digest = self._digest = self._digest or Digest(self.part, sha256=sha256)
+        digest.advance(size, whole=True)
+        digest.close()
         self._check_header()
-        return SealedShard(self.layout.file, size, tuple(back.crc32c), back.sha256)
+        logger.debug("%s: %s bytes read back for its checksums", self.layout.file, f"{digest.bytes_back:,}")
+        return SealedShard(self.layout.file, size, tuple(digest.crc32c), digest.sha256)
 
     def publish(self) -> None:
         """Rename `.part` to the final name, durably."""
@@ -162,8 +170,8 @@ class ShardWriter:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._direct = -1
-        if self._back is not None:
-            self._back.close()
+        if self._digest is not None:
+            self._digest.close()
 
     def _check_header(self) -> None:
         import safetensors
@@ -262,7 +270,7 @@ def matches(path: Path, sealed: SealedShard, mode: str) -> bool:
     windows = range(len(sealed.crc32c))
     chosen = windows if mode == "full" else sorted({0, windows[-1], *windows[:: max(1, len(windows) // 8)]})
     return all(
-        crc32c_of_range(path, number * READ_BACK_BYTES, min(READ_BACK_BYTES, sealed.size - number * READ_BACK_BYTES))
+        crc32c_of_range(path, number * GRAIN_BYTES, min(GRAIN_BYTES, sealed.size - number * GRAIN_BYTES))
         == sealed.crc32c[number]
         for number in chosen
     )
