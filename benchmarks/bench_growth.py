@@ -49,7 +49,7 @@ def main(
             folders = write_checkpoints(here / "models", LAYOUTS[size], max(counts))
             for count in counts:
                 chosen = folders[: count + 1]
-                used = [merge_cold(ties_recipe(chosen), chosen, here / "merge")["run"] for _ in range(repeats)]
+                used = [merge_cold(ties_recipe(chosen), here / "merge").run for _ in range(repeats)]
                 title = f"{size}, {count} models"
                 times[size, count, "wall"] = report.add(f"{title}: run", [one.wall_s for one in used], "s")
                 times[size, count, "CPU"] = report.add(f"{title}: run, CPU", [one.cpu_s for one in used], "s")

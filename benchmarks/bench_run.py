@@ -1,16 +1,20 @@
-"""A whole merge: TIES over a base and experts, cold, against the disk alone and against mergekit.
+"""Whole merges over a base and experts, cold, against the disk alone and against mergekit.
 
-The limit is the time to read every input byte and write every output byte and compute nothing, measured in the same
-run both through and past the page cache; the faster one counts. mergekit takes part where ``MERGEPIPE_MERGEKIT_PYTHON``
-names a Python that has it.
+The limit is the time to read every input byte and write every output byte past the page cache and compute nothing (or
+through it, where the file system knows no other way). It is measured anew before each merge, since machines
+are noisy: each ratio is of neighbours. mergekit takes part in `ties` where ``MERGEPIPE_MERGEKIT_PYTHON`` names a Python
+that has it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import statistics
 import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,59 @@ import click
 from benchmarks.data import LAYOUTS, drop_from_cache, size_option, weight_files, write_checkpoints
 from benchmarks.disk import fastest_io
 from benchmarks.process import Usage, build, run, run_mergekit, ties_recipe
+from benchmarks.recipes import recipe_for
 from benchmarks.report import Report, common_options
+
+TADROP = "ties+tadrop"
+METHODS = (
+    "linear",
+    "task_arithmetic",
+    "slerp",
+    "ties",
+    TADROP,
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "scf_rkl",
+)
+"""Those that are to be as fast as the disk."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge.
+
+    Attributes
+    ----------
+    build, run : Usage
+    manifest : dict
+        Of the output: bytes as the kernel counts them are in it.
+    start_s : float
+        From the start of `mergepipe run` until it begins to read tensors.
+    """
+
+    build: Usage
+    run: Usage
+    manifest: dict[str, Any]
+    start_s: float
 
 
 @click.command()
 @size_option("0.5B")
 @click.option("--experts", default=3, show_default=True)
 @click.option("--density", default=0.2, show_default=True)
+@click.option(
+    "--method", "methods", type=click.Choice([*METHODS, "all"]), multiple=True, default=["ties"], show_default=True
+)
+@click.option(
+    "--reader",
+    "readers",
+    type=click.Choice(["auto", "direct", "mmap"]),
+    multiple=True,
+    default=["direct", "mmap"],
+    show_default=True,
+)
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--rival/--no-rival", default=True, help="Time mergekit too, if its Python is named.")
 @common_options
@@ -33,87 +83,120 @@ def main(
     size: str,
     experts: int,
     density: float,
+    methods: tuple[str, ...],
+    readers: tuple[str, ...],
     repeats: int,
     rival: bool,
     quick: bool,
     json_path: Path | None,
     folder: Path | None,
 ) -> None:
-    """Time a whole TIES merge, cold, against the disk alone and against mergekit."""
+    """Time whole merges, cold, against the disk alone and against mergekit."""
     size, repeats = ("1M", 1) if quick else (size, repeats)
-    settings = {"size": size, "experts": experts, "density": density, "repeats": repeats, "parameters": 0}
-    settings["parameters"] = LAYOUTS[size].parameters
-    report = Report("run", settings)
+    chosen = list(METHODS) if "all" in methods else list(dict.fromkeys(methods))
+    settings = {"size": size, "experts": experts, "density": density, "repeats": repeats}
+    report = Report("run", {**settings, "parameters": LAYOUTS[size].parameters})
     with tempfile.TemporaryDirectory(dir=folder, prefix="mergepipe-bench-") as name:
         here = Path(name)
-        warm_up(here / "warm-up")
         folders = write_checkpoints(here / "models", LAYOUTS[size], experts)
-        recipe = ties_recipe(folders, density)
-        limit = report_limit(report, folders, here, repeats)
-        ours = [merge_cold(recipe, folders, here / f"ours-{i}") for i in range(repeats)]
-        report_merges(report, ours, folders, limit)
-        python = os.environ.get("MERGEPIPE_MERGEKIT_PYTHON") if rival else None
+        warm_up(here / "warm-up", chosen)
+        for method in chosen:
+            recipe = recipe_of(method, folders, density)
+            output = sum(file.stat().st_size for file in weight_files(folders[:1]))
+            alone: dict[str, list[float]] = {reader: [] for reader in readers}
+            merges: dict[str, list[Merge]] = {reader: [] for reader in readers}
+            for reader in readers * repeats:
+                alone[reader].append(disk_alone(recipe, here / "io", output))
+                merges[reader].append(merge_cold(recipe, here / "ours", reader))
+            for reader in readers:
+                report_merges(report, f"{method}, {reader}", recipe, merges[reader], alone[reader], output)
+        python = os.environ.get("MERGEPIPE_MERGEKIT_PYTHON") if rival and "ties" in chosen else None
         if python:
-            report_rival(report, ours, python, recipe, folders, here)
+            recipe = ties_recipe(folders, density)
+            report_rival(report, merge_cold(recipe, here / "ours"), python, recipe, here)
         else:
-            click.echo("mergekit: not timed (MERGEPIPE_MERGEKIT_PYTHON is not set, or --no-rival)")
+            click.echo("mergekit: not timed (MERGEPIPE_MERGEKIT_PYTHON is not set, --no-rival, or no ties)")
     report.save(json_path)
 
 
-def warm_up(folder: Path) -> None:
+def recipe_of(method: str, folders: list[Path], density: float) -> dict[str, Any]:
+    """The recipe of one of :data:`METHODS`, the base first among the folders."""
+    recipe = recipe_for(method.partition("+")[0], folders)
+    if method == TADROP:
+        recipe["sparsify"] = "tadrop"
+        del recipe["parameters"]["density"]
+    elif "density" in recipe["parameters"]:
+        recipe["parameters"]["density"] = density
+    return recipe
+
+
+def inputs_of(recipe: dict[str, Any]) -> list[Path]:
+    """The weight files that a recipe reads."""
+    base = [recipe["base_model"]] if "base_model" in recipe else []
+    return weight_files([Path(name) for name in (*base, *(model["model"] for model in recipe["models"]))])
+
+
+def warm_up(folder: Path, methods: Sequence[str] = ("ties",)) -> None:
     """Let the kernels be compiled into their cache, so that no measured run does it."""
     folders = write_checkpoints(folder / "models", LAYOUTS["1M"], 3)
-    build(ties_recipe(folders), folder)
-    run(folder)
+    for method in methods:
+        build(recipe_of(method, folders, 0.2), folder / method)
+        run(folder / method)
     shutil.rmtree(folder)
 
 
-def report_limit(report: Report, folders: list[Path], here: Path, repeats: int) -> float:
-    """Measure the disk; seconds of the faster way."""
-    files = weight_files(folders)
-    nbytes = sum(file.stat().st_size for file in weight_files(folders[:1]))
-    report.add("input bytes", sum(file.stat().st_size for file in files) / 1e9, "GB")
-    report.add("output bytes", nbytes / 1e9, "GB")
-    times = fastest_io(files, here / "io", nbytes, repeats)
-    return min([report.add(f"I/O alone, {way}", seconds, "s") for way, seconds in times.items()])
+def disk_alone(recipe: dict[str, Any], file: Path, output: int) -> float:
+    """Seconds to read what a recipe reads and to write `output` bytes, and to do nothing else."""
+    times = fastest_io(inputs_of(recipe), file, output, 1)
+    return times.get("past the page cache", times["through the page cache"])[0]
 
 
-def merge_cold(recipe: dict[str, Any], folders: list[Path], folder: Path) -> dict[str, Usage]:
-    """Build and run once with nothing of the inputs in the page cache, and remove what came out."""
-    drop_from_cache(weight_files(folders))
+def merge_cold(recipe: dict[str, Any], folder: Path, reader: str = "auto") -> Merge:
+    """Build and run with nothing of the inputs in the page cache, and remove what came out."""
+    files = inputs_of(recipe)
+    drop_from_cache(files)
     built = build(recipe, folder)
-    drop_from_cache(weight_files(folders))
-    used = {"build": built, "run": run(folder, watch=True)}
+    drop_from_cache(files)
+    began = time.time()
+    used = run(folder, "--reader", reader, watch=True)
+    events = [json.loads(line) for line in (folder / "work" / "events.jsonl").read_text().splitlines()]
+    at = next(event["at"] for event in events if event["event"] == "RunStarted")
+    manifest = json.loads((folder / "merged" / "mergepipe_manifest.json").read_text())
     shutil.rmtree(folder)
-    return used
+    return Merge(built, used, manifest, at - began)
 
 
-def report_merges(report: Report, merges: list[dict[str, Usage]], folders: list[Path], limit: float) -> None:
-    """Print what our merges took."""
-    gigabytes = sum(file.stat().st_size for file in weight_files(folders)) / 1e9
-    output = sum(file.stat().st_size for file in weight_files(folders[:1])) / 1e9
-    report.add("mergepipe build", [used["build"].wall_s for used in merges], "s")
-    wall = report.add("mergepipe run", [used["run"].wall_s for used in merges], "s")
-    cpu = report.add("mergepipe run, CPU", [used["run"].cpu_s for used in merges], "s")
-    report.add("mergepipe run, bytes read and written per second", (gigabytes + output) / wall, "GB/s")
-    report.add("mergepipe run, CPU per GB of input", cpu / gigabytes, "s/GB")
-    report.add("mergepipe run, peak anonymous memory", [used["run"].peak_anonymous / 2**20 for used in merges], "MiB")
-    report.add("mergepipe run / I/O alone", [used["run"].wall_s / limit for used in merges], "x")
-
-
-def report_rival(
-    report: Report, ours: list[dict[str, Usage]], python: str, recipe: dict[str, Any], folders: list[Path], here: Path
+def report_merges(
+    report: Report, title: str, recipe: dict[str, Any], merges: list[Merge], alone: list[float], output: int
 ) -> None:
-    """Time mergekit once on the same files, cold, and print the ratios."""
-    drop_from_cache(weight_files(folders))
+    """Print what some merges by one recipe took, and of what the disk `alone` took before each."""
+    read = sum(file.stat().st_size for file in inputs_of(recipe))
+
+    def add(what: str, values: list[float], unit: str) -> None:
+        report.add(f"{title}: {what}", values, unit)
+
+    add("inputs read and output written once", [(read + output) / 1e9], "GB")
+    add("I/O alone, past the page cache", alone, "s")
+    add("build", [merge.build.wall_s for merge in merges], "s")
+    add("run", [merge.run.wall_s for merge in merges], "s")
+    add("run until it begins to read", [merge.start_s for merge in merges], "s")
+    add("run, CPU", [merge.run.cpu_s for merge in merges], "s")
+    add("run, CPU per GB of input", [merge.run.cpu_s * 1e9 / read for merge in merges], "s/GB")
+    add("run, peak anonymous memory", [merge.run.peak_anonymous / 2**20 for merge in merges], "MiB")
+    add("bytes read / input bytes", [merge.manifest["disk_bytes_read"] / read for merge in merges], "x")
+    add("bytes written / output bytes", [merge.manifest["disk_bytes_written"] / output for merge in merges], "x")
+    add("run / I/O alone", [merge.run.wall_s / io_s for merge, io_s in zip(merges, alone, strict=True)], "x")
+
+
+def report_rival(report: Report, ours: Merge, python: str, recipe: dict[str, Any], here: Path) -> None:
+    """Time mergekit once on the same recipe, cold, and print the ratios to a merge of ours just before."""
+    drop_from_cache(inputs_of(recipe))
     used = run_mergekit(python, recipe, here / "rival")
     report.add("mergekit", used.wall_s, "s")
     report.add("mergekit, CPU", used.cpu_s, "s")
     report.add("mergekit, peak anonymous memory", used.peak_anonymous / 2**20, "MiB")
-    wall = statistics.median(merge["build"].wall_s + merge["run"].wall_s for merge in ours)
-    cpu = statistics.median(merge["build"].cpu_s + merge["run"].cpu_s for merge in ours)
-    report.add("mergekit / mergepipe build and run, wall", used.wall_s / wall, "x")
-    report.add("mergekit / mergepipe build and run, CPU", used.cpu_s / cpu, "x")
+    report.add("mergekit / mergepipe build and run, wall", used.wall_s / (ours.build.wall_s + ours.run.wall_s), "x")
+    report.add("mergekit / mergepipe build and run, CPU", used.cpu_s / (ours.build.cpu_s + ours.run.cpu_s), "x")
 
 
 if __name__ == "__main__":

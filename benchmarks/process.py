@@ -51,9 +51,11 @@ def measure(command: Sequence[str], watch: bool = False, environment: dict[str, 
         If it fails; with the end of its output.
     """
     began = time.perf_counter()
+    # Where bytecode is not kept, every start compiles our modules anew: a setting of developers, not of users.
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     process = subprocess.Popen(
         command,
-        env={**os.environ, **(environment or {})},
+        env={**kept, **(environment or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
