@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import select
@@ -18,7 +17,8 @@ import click
 
 import mergepipe
 from mergepipe.cli.options import verbose_option
-from mergepipe.errors import DiskFullError, Interrupted, MergepipeError
+from mergepipe.errors import Interrupted, MergepipeError
+from mergepipe.storage.file_errors import explained
 
 COMMANDS = {
     "init": "mergepipe.cli.init",
@@ -75,7 +75,8 @@ class LazyGroup(click.Group):
         and any broken pipe for a failure.
         """
         try:
-            return super().invoke(ctx)
+            with explained():
+                return super().invoke(ctx)
         except MergepipeError as error:
             show_error(error)
             ctx.exit(error.exit_code)
@@ -86,11 +87,6 @@ class LazyGroup(click.Group):
             # Python flushes it once more at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            show_error(error)
-            ctx.exit(DiskFullError.exit_code)
 
 
 @click.command(

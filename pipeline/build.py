@@ -49,6 +49,7 @@ from mergepipe.pipeline.vocabulary_rows import planned_vocabulary
 from mergepipe.storage.atomic import fsync_path
 from mergepipe.storage.checkpoint import Checkpoint
 from mergepipe.storage.collector import paused_collector
+from mergepipe.storage.file_errors import explained
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.tasks.registry import method as find_method
 
@@ -103,6 +104,7 @@ class Examined:
     unchecked: tuple[str, ...] = ()
 
 
+@explained()
 def build(
     recipe: str | Path = "mergepipe.yaml",
     work: str | Path = ".mergepipe",

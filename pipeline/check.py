@@ -16,7 +16,7 @@ from typing import Any
 from mergepipe.errors import (
     BudgetError,
     CheckpointError,
-    DiskFullError,
+    DiskError,
     MergepipeError,
     OutputExistsError,
     RecipeError,
@@ -35,7 +35,7 @@ KINDS: tuple[tuple[type[MergepipeError], str], ...] = (
     (UsageError, "usage"),
     (RecipeError, "recipe"),
     (CheckpointError, "checkpoint"),
-    (DiskFullError, "disk"),
+    (DiskError, "disk"),
     (BudgetError, "memory"),
     (OutputExistsError, "output"),
     (WorkspaceError, "workspace"),

@@ -37,9 +37,10 @@ from mergepipe.pipeline.references import is_hub_id, parse_reference
 from mergepipe.pipeline.space import Need, check_room
 from mergepipe.pipeline.spool import Kept, Spool, Wanted
 from mergepipe.pipeline.weights import reading_bytes
-from mergepipe.storage.atomic import no_room_errors, write_atomic
+from mergepipe.storage.atomic import write_atomic
 from mergepipe.storage.checkpoint import Checkpoint
 from mergepipe.storage.dtypes import DTYPES, MERGED_ALIASES
+from mergepipe.storage.file_errors import explained
 from mergepipe.storage.layout import OutputTensor, lay_out
 from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
@@ -142,7 +143,7 @@ def extract_lora(
     check_room([Need(job.output, job.most_bytes(), "the adapter")])
     spool = Workspace(job.root)
     spool.root.mkdir(parents=True, exist_ok=True)
-    with no_room_errors(job.output), WorkspaceLock(spool), devices.one_thread(True):
+    with explained(), WorkspaceLock(spool), devices.one_thread(True):
         job.begin()
         drivers = Drivers(stop or threading.Event(), "the same command goes on with it")
         with MmapReader() as reader:

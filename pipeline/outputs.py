@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,8 +94,11 @@ def check_folder(folder: Path, inputs: Iterable[str], ours: Iterable[str] = ()) 
             raise OutputExistsError(
                 f"the output '{folder}' is not empty ({shown}): remove it, or choose another with --out"
             )
-    elif folder.exists():
-        raise OutputExistsError(f"the output '{folder}' is a file: choose another folder with --out")
+    else:
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not there.is_dir():
+            what = "is" if there == folder else f"lies in '{there}', which is"
+            raise OutputExistsError(f"the output '{folder}' {what} a file: choose another folder with --out")
 
 
 def work_names(plan: Plan) -> set[str]:

@@ -34,7 +34,7 @@ from mergepipe.pipeline.resume import (
     Progress,
 )
 from mergepipe.pipeline.schedule import ceiling_of
-from mergepipe.storage.atomic import no_room_errors
+from mergepipe.storage.file_errors import explained
 from mergepipe.storage.journal import Journal
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.tasks.method import State
@@ -56,6 +56,7 @@ class Result:
     manifest: dict[str, Any]
 
 
+@explained()
 @earlier_first
 def run(
     work: str | Path = ".mergepipe",
@@ -132,9 +133,11 @@ def run(
     workspace = Workspace(Path(work))
     workspace.read_plan()  # says so if there is none; a lock needs a folder to be in
     log = EventLog(workspace.events_file, also=on_event)
-    with no_room_errors(workspace.root), WorkspaceLock(workspace), log:
+    inputs: list[str] = []
+    with explained(inputs), WorkspaceLock(workspace), log:
         announce = Announcer(log)
         plan = Plan.from_json(workspace.read_plan())
+        inputs += stages.folders_read(plan)
         _check_version(plan, workspace)
         if out is not None:
             plan = move_output(plan, workspace, out, restart=restart, handed_over=on_shard is not None)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mergepipe.errors import DiskFullError
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from mergepipe.storage.file_errors import NO_ROOM, disk_full, named
 
 
 @contextmanager
@@ -21,27 +18,27 @@ def no_room_errors(path: str | Path) -> Iterator[None]:
     Parameters
     ----------
     path : path-like
-        What is being written; the message names it.
+        What is being written; the message names it, and any other error of the system does.
 
     Raises
     ------
     DiskFullError
     """
     try:
-        yield
+        with named(path):
+            yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
-        raise DiskFullError(
-            f"no room to write '{path}': {os.strerror(error.errno)}. Free space there, or choose another folder"
-        ) from error
+        raise disk_full(path, error) from error
 
 
 def fsync_path(path: str | Path) -> None:
     """Make a file's bytes, or a folder's entries, durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with named(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 

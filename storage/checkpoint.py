@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergepipe.errors import CheckpointError, CheckpointNotFoundError
+from mergepipe.storage.file_errors import explained
 from mergepipe.storage.header import Header, open_regular, parse_json_object, read_header
 
 SINGLE = "model.safetensors"
@@ -152,8 +153,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         hierarchy.
     """
     root = Path(os.path.abspath(path))
-    if not root.is_dir():
-        return _open_file(root)
+    with explained([root]):
+        return _open_folder(root) if root.is_dir() else _open_file(root)
+
+
+def _open_folder(root: Path) -> Checkpoint:
     names, index = _choose(root)
     weight_map = None if index is None else read_index(index)
     files, tensors = _read_shards(root, names if weight_map is None else sorted(set(weight_map.values())))
@@ -299,6 +303,8 @@ def _check_index(
 
 
 def _only_file(root: Path) -> str:
+    os.stat(root / ".")  # what may not be looked into holds no names either: that has to be told apart
+    os.listdir(root)
     found = sorted(path.name for path in root.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]

@@ -9,6 +9,7 @@ A :class:`Header` that exists is valid.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -98,6 +99,8 @@ def open_regular(path: str | Path) -> int:
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"'{path}' does not exist, or is a link to nothing") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # no fault of the file
         raise CheckpointError(f"'{path}' can't be opened: {error.strerror}") from error
     # Asked again of the descriptor, because the name may point to something else by now.
     if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from mergepipe.errors import DamageError, DiskFullError
 from mergepipe.storage.digest import GRAIN_BYTES, Digest, Held
+from mergepipe.storage.file_errors import NO_ROOM, named
 from mergepipe.storage.layout import ShardLayout
 
 logger = logging.getLogger(__name__)
@@ -191,8 +192,9 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
+            if error.errno not in NO_ROOM:
+                with named(self.part):
+                    raise
             free = os.statvfs(self.part.parent)
             raise DiskFullError(
                 f"no room for '{self.part}' ({self.layout.size:,} bytes; {free.f_bavail * free.f_frsize:,} free): "
@@ -288,6 +290,7 @@ def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with named(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)

@@ -2,9 +2,7 @@
 
 One base, :class:`MergepipeError`; below it one class per exit code, and below those the leaves, each of which also
 inherits the builtin that fits, so that ``except FileNotFoundError`` keeps working. A message says what is wrong,
-where, what was found, what was expected and what to do about it.
-
-This module imports nothing of ours: every layer may raise from here.
+where, what was found, what was expected and what to do about it. Nothing of ours is imported: any layer may raise.
 """
 
 from __future__ import annotations
@@ -94,7 +92,11 @@ class MemoryBudgetError(BudgetError, MemoryError):
     """The memory ceiling is below what the largest unit needs."""
 
 
-class DiskFullError(BudgetError, OSError):
+class DiskError(BudgetError, OSError):
+    """The disk of an output or of a workspace fails, is gone, or can't be written."""
+
+
+class DiskFullError(DiskError):
     """There is no room for the output."""
 
 
