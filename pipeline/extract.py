@@ -32,6 +32,7 @@ from mergepipe.pipeline.lora import ADAPTER_CONFIG, ADAPTER_NAME, PREFIX, Part, 
 from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, MIB, RESERVED_BYTES, TORCH_BYTES, parse_bytes
 from mergepipe.pipeline.models import InputModel, open_models
+from mergepipe.pipeline.module_names import module_names
 from mergepipe.pipeline.patterns import compile_pattern
 from mergepipe.pipeline.references import is_hub_id, parse_reference
 from mergepipe.pipeline.space import Need, check_room
@@ -175,7 +176,8 @@ def _choose(base: Checkpoint, other: Checkpoint, wanted: Wanted) -> list[Part]:
         for name, entry in base.tensors.items()
         if DTYPES[entry.dtype].role == "merged" and not is_buffer(name, entry)
     }
-    chosen = [part for part in parts_of(floating, base.config) if _is_wanted(part.name, wanted)]
+    called = module_names(base.config, base.tensors)
+    chosen = [part for part in parts_of(floating, base.config, called) if _is_wanted(part.name, wanted)]
     if not chosen:
         raise UsageError("no tensor is left: --include and --exclude are regular expressions on tensor names")
     problems = [text for part in chosen if (text := _mismatch(part, other)) is not None]
@@ -215,7 +217,9 @@ def _is_wanted(name: str, wanted: Wanted) -> bool:
 
 def _formed(part: Part, wanted: Wanted) -> Part:
     """The part with its form as asked for: a table or a named module may be saved whole."""
-    asked = part.has_pair and any(re.search(pattern, part.module) for pattern in wanted.save)
+    asked = part.has_pair and any(
+        re.search(pattern, part.module) or re.search(pattern, part.name) for pattern in wanted.save
+    )
     if asked or (part.form == "embedding" and not wanted.embed_lora):
         return replace(part, form="whole")
     return part
@@ -341,7 +345,7 @@ def _write(job: Spool, deltas: Deltas, announce: Announcer) -> Extracted:
     for part in lost:
         announce(Note(f"'{part.name}' has changed and is not in the adapter: {_why_not(part, found[part])}"))
     targeted = {part.module for part in pairs}
-    named = [(f"{PREFIX}{part.name}", part) for part in whole]
+    named = [(f"{PREFIX}{part.called}", part) for part in whole]
     named += [(f"{PREFIX}{part.module}{'.base_layer' * (part.module in targeted)}.bias", part) for part in biases]
     _write_weights(job, deltas, {part: found[part] for part in pairs}, named)
     ranks = {part.module: found[part].rank for part in pairs}
@@ -350,7 +354,7 @@ def _write(job: Spool, deltas: Deltas, announce: Announcer) -> Extracted:
         job.base.config,
         max(ranks.values(), default=job.wanted.rank),
         ranks,
-        targets(list(ranks), job.base.tensors),
+        targets(list(ranks), [part.called for part in job.parts] + [n for n in job.base.tensors if n not in bases]),
         sorted({part.module for part in whole}),
         biases=bool(biases),
         turned=any(part.turned and part.form == "pair" for part in pairs),

@@ -1,6 +1,6 @@
 """What becomes of each tensor of a model in a LoRA adapter, and what the adapter's files call it: names, no bytes.
 
-Names are those of the checkpoint, which for most architectures are those of the model's modules, with the prefix that
+Names are those of the model's modules, which for most architectures are those of the checkpoint, with the prefix that
 PEFT puts before them. A module with a matrix gets a pair A, B whose product is its update; a norm, a bias or an
 embedding has no such pair and can be saved whole; a parameter that is no module's `weight` or `bias` has no place in an
 adapter at all.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class Part:
     name : str
         In the checkpoint.
     module : str
-        The name without its last part.
+        What the library that runs the model calls the module.
     form : Form
     shape : tuple of int
     turned : bool
@@ -63,6 +63,11 @@ class Part:
     def has_pair(self) -> bool:
         """Whether its update is factored."""
         return self.form in ("pair", "embedding")
+
+    @property
+    def called(self) -> str:
+        """What the library calls the tensor."""
+        return f"{self.module}.{self.name.rpartition('.')[2]}" if self.module else self.name
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -90,8 +95,19 @@ class Part:
         return f"{PREFIX}{self.module}.lora_A.weight", f"{PREFIX}{self.module}.lora_B.weight"
 
 
-def parts_of(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[Part]:
+def parts_of(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], called: Mapping[str, str] | None = None
+) -> list[Part]:
     """The place of each tensor of a checkpoint in an adapter.
+
+    Parameters
+    ----------
+    shapes : mapping of str to tuple of int
+        Of the tensors, by the names that they are stored under.
+    config : mapping
+        The model's configuration.
+    called : mapping of str to str, optional
+        What the library that runs the model calls them, where that is another name.
 
     Examples
     --------
@@ -101,7 +117,9 @@ def parts_of(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -
     [('m.embed_tokens.weight', 'embedding'), ('m.q.weight', 'pair'), ('m.q.bias', 'bias'), ('m.norm.weight', 'whole'),
     ('m.norm.bias', 'whole'), ('m.scale', 'none')]
     """
-    return [_part(name, shape, shapes, config) for name, shape in shapes.items()]
+    parts = [_part(name, shape, shapes, config) for name, shape in shapes.items()]
+    called = called or {}
+    return [replace(p, module=called[p.name].rpartition(".")[0]) if p.name in called else p for p in parts]
 
 
 def _part(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Part:

@@ -7,8 +7,13 @@ of architectures is kept here): it makes the model without weights, and names ea
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -54,6 +59,39 @@ def module_namer(config: Mapping[str, Any], names: Iterable[str]) -> Callable[[s
     return namer
 
 
+def module_names(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """What transformers calls the tensors of a model, as an adapter for it has to call them.
+
+    It is asked in a process of its own: once imported it would take a hundred megabytes for as long as this one lives.
+
+    Parameters
+    ----------
+    config, names
+        As for :func:`module_namer`.
+
+    Returns
+    -------
+    dict of str to str
+        By stored name, for those that are called otherwise. Empty if transformers is not installed or does not say.
+    """
+    if importlib.util.find_spec("transformers") is None or "model_type" not in config:
+        return {}
+    return dict(_ask(json.dumps({"config": dict(config), "names": list(names)})))
+
+
+@lru_cache(maxsize=4)
+def _ask(question: str) -> Mapping[str, str]:
+    """What :func:`_answer` says in another process: seconds, so that nothing is asked twice."""
+    asked = subprocess.run(
+        [sys.executable, "-m", __name__], input=question, capture_output=True, check=False, encoding="utf-8"
+    )
+    if asked.returncode:
+        logger.warning("transformers can't say what it calls the modules: %s", asked.stderr[-300:])
+        return {}
+    found: dict[str, str] = json.loads(asked.stdout.splitlines()[-1])
+    return found
+
+
 def _without_weights(config: Mapping[str, Any], tensors: int) -> Any:
     """The model on torch's meta device; None if transformers can't make it."""
     import torch
@@ -92,3 +130,16 @@ def _largest_count(value: Any, key: str = "") -> int:
         return max((_largest_count(one, key) for one in value), default=0)
     counts = type(value) is int and any(word in key for word in _COUNTS)
     return value if counts else 0
+
+
+def _answer() -> None:
+    """The other end of :func:`module_names`."""
+    asked = json.load(sys.stdin)
+    namer = module_namer(asked["config"], asked["names"])
+    called = {name: namer(name) for name in asked["names"]} if namer is not None else {}
+    renamed = {name: found for name, found in called.items() if found not in (None, name)}
+    sys.stdout.write(json.dumps(renamed) + "\n")
+
+
+if __name__ == "__main__":
+    _answer()

@@ -26,7 +26,7 @@ from mergepipe.pipeline.extract import Extracted, extract_lora, projected_bytes
 from mergepipe.pipeline.lora import ADAPTER_NAME, parts_of
 from mergepipe.pipeline.memory import MIB, RESERVED_BYTES, TORCH_BYTES
 from mergepipe.pipeline.spool import SPOOL, Wanted
-from support.checkpoints import Family, read_tensors, write_family
+from support.checkpoints import Family, new_model, read_tensors, write_family
 
 CLASSES = {
     "llama": transformers.LlamaForCausalLM,
@@ -271,6 +271,30 @@ def test_a_convolution_comes_back(tmp_path: Path) -> None:
     merged = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).merge_and_unload().state_dict()
     for name, value in load_file(tmp_path / "expert" / "model.safetensors").items():
         torch.testing.assert_close(merged[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_that_transformers_calls_otherwise_than_files_do(tmp_path: Path) -> None:
+    """PEFT leaves out what it finds no module for, and says nothing: the names have to be those of the modules."""
+    model = new_model("vit")
+    model.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(1)
+    updated = {"q_proj.weight", "fc2.weight"}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(name.endswith(end) for end in updated):
+                rows, columns = parameter.shape
+                left, right = (torch.randn(shape, generator=generator) for shape in ((rows, 2), (2, columns)))
+                parameter.add_(left @ right, alpha=0.05)
+    model.save_pretrained(tmp_path / "fine")
+    stored = load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert not any("q_proj" in name for name in stored), "transformers writes the names of its modules now"
+    found = extract(Family("vit", tmp_path / "base", (tmp_path / "fine",)), tmp_path / "lora", 2)
+    assert {module.rpartition(".")[2] for module in found.ranks} == {"q_proj", "fc2"}
+    fresh = type(model).from_pretrained(tmp_path / "base")
+    merged = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "lora")).merge_and_unload()
+    expected = dict(model.named_parameters())
+    for name, value in merged.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
 MEASURE = """
