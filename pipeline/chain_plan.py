@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mergepipe.errors import BudgetError, CheckpointError, CheckpointNotFoundError, Fault, MergepipeError, RecipeError
-from mergepipe.pipeline import outputs
+from mergepipe.pipeline import outputs, side_files
 from mergepipe.pipeline.faults import Faults
 from mergepipe.pipeline.plan import Earlier, Plan
 from mergepipe.pipeline.records import read_record
@@ -45,7 +45,7 @@ def made_checkpoint(plan: Plan, config: Mapping[str, Any]) -> Checkpoint:
         for t in shard.tensors
     }
     values = copy.deepcopy(dict(config))
-    outputs.put_values(values, outputs.config_changes(plan))
+    side_files.put_values(values, outputs.config_changes(plan))
     return Checkpoint(folder, files, tensors, values)
 
 

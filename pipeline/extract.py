@@ -35,6 +35,7 @@ from mergepipe.pipeline.models import InputModel, open_models
 from mergepipe.pipeline.module_names import module_names
 from mergepipe.pipeline.patterns import compile_pattern
 from mergepipe.pipeline.references import is_hub_id, parse_reference
+from mergepipe.pipeline.side_files import to_json
 from mergepipe.pipeline.space import Need, check_room
 from mergepipe.pipeline.spool import Kept, Spool, Wanted
 from mergepipe.pipeline.weights import reading_bytes
@@ -362,7 +363,7 @@ def _write(job: Spool, deltas: Deltas, announce: Announcer) -> Extracted:
     energies = {p.module: min(1.0, sum(v * v for v in found[p].values) / found[p].squared) for p in pairs}
     total = sum(found[part].squared for part in pairs)
     energy = sum(energies[part.module] * found[part].squared for part in pairs) / total if total else 1.0
-    write_atomic(job.output / ADAPTER_CONFIG, outputs.to_json(config))
+    write_atomic(job.output / ADAPTER_CONFIG, to_json(config))
     write_atomic(job.output / outputs.CARD_NAME, _card(job, ranks, energy).encode())
     os.replace(job.output / f"{ADAPTER_NAME}.part", job.output / ADAPTER_NAME)
     whole_names = tuple(part.name for part in (*whole, *biases))

@@ -8,6 +8,7 @@ again beside that one. A shard that is gone by then is made again, and comes a s
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -18,6 +19,11 @@ from mergepipe.storage.journal import Record
 PLACE = "{path}"
 SHARDS_OPEN = 3
 """Unfinished shards that may take up disk space at once: two being filled, one being sealed and handed over."""
+
+
+PIECE_BYTES = 64 * 1024
+TAIL_BYTES = 4096
+"""What is kept of what the command says: the end, however much it is."""
 
 
 def check_command(command: str) -> None:
@@ -51,12 +57,23 @@ def hand_over(command: str, path: Path) -> None:
     """
     line = command.replace(PLACE, shlex.quote(str(path)))
     # A session of its own: the Ctrl-C that stops the run must not hit an upload in the middle.
-    done = subprocess.run(line, shell=True, start_new_session=True, stdin=subprocess.DEVNULL, capture_output=True)
-    if done.returncode:
-        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()[-500:]
+    with subprocess.Popen(
+        line,
+        shell=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None, "it was asked for"
+        tail = b""
+        while data := os.read(process.stdout.fileno(), PIECE_BYTES):
+            tail = (tail + data)[-TAIL_BYTES:]
+    if process.returncode:
+        said = tail.decode("utf-8", "replace").strip()[-500:]
         raise HandOverError(
-            f"`{line}` failed with exit code {done.returncode}{': ' + said if said else ''}. The shard is complete and "
-            f"kept: mend the command and run again"
+            f"`{line}` failed with exit code {process.returncode}{': ' + said if said else ''}. The shard is complete "
+            f"and kept: mend the command and run again"
         )
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mergepipe.errors import CheckpointError, CheckpointNotFoundError, MergepipeError
-from mergepipe.pipeline import outputs
 from mergepipe.pipeline.adapter import CONFIG as ADAPTER_CONFIG
 from mergepipe.pipeline.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from mergepipe.pipeline.events import Announcer, DownloadProgress, Note
 from mergepipe.pipeline.references import split_revision
+from mergepipe.pipeline.side_files import PATTERNS
 from mergepipe.pipeline.space import Need, check_room
 from mergepipe.storage.checkpoint import (
     CONFIG,
@@ -181,7 +181,7 @@ def wanted_files(sizes: Mapping[str, int], get: Fetch, hub_id: str) -> tuple[lis
         name
         for name in sizes
         if name not in weights
-        and (fnmatch(name, "*.json") or any(fnmatch(name, pattern) for pattern in outputs.SIDECARS))
+        and (fnmatch(name, "*.json") or any(fnmatch(name, pattern) for pattern in PATTERNS))
         and not name.endswith((".safetensors", *PICKLED_SUFFIXES))
     ]
     return [*sorted(beside), *sorted(weights)], weights

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mergepipe.errors import CheckpointNotFoundError
 from mergepipe.pipeline import outputs
+from mergepipe.pipeline.side_files import copy_side_files, to_json
 from mergepipe.pipeline.space import Need, check_room
 from mergepipe.pipeline.unmask import TaskMask
 from mergepipe.storage.atomic import write_atomic
@@ -73,13 +74,13 @@ def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | P
     reader = MmapReader()
     writers = [_write_shard(target, shard, chosen, mask, reader) for shard in layout.shards]
     reader.close()
-    outputs.copy_sidecars(folder, target, {})
+    copy_side_files(folder, target, {})
     if head is not None:
-        outputs.copy_sidecars(head_folder, target, {})
+        copy_side_files(head_folder, target, {})
     for writer in writers:
         writer.publish()
     if layout.index is not None:
-        write_atomic(target / INDEX_NAME, outputs.to_json(layout.index))
+        write_atomic(target / INDEX_NAME, to_json(layout.index))
     return target
 
 

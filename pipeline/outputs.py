@@ -7,8 +7,6 @@ last thing of all is the index, or the name of the single weights file: what has
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import os
 import platform
 import shutil
@@ -18,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mergepipe.errors import OutputExistsError
+from mergepipe.pipeline import side_files
 from mergepipe.pipeline.card import model_card, reconstructions
 from mergepipe.pipeline.measure import Meter
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.records import MANIFEST_NAME, read_record
+from mergepipe.pipeline.side_files import to_json
 from mergepipe.storage import copied
 from mergepipe.storage.atomic import temporary_of, write_atomic
 from mergepipe.storage.digest import GRAIN_BYTES
@@ -32,30 +32,6 @@ HEADS_FOLDER = "heads"
 TASKS_FOLDER = "tasks"
 CARRIED_FOLDER = "opcm"
 CARD_NAME = "README.md"
-
-SIDECARS = (
-    "config.json",
-    "adapter_config.json",
-    "generation_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
-)
-"""Files that make a folder of weights a model: copied from the base."""
-
-SIDECAR_FOLDERS = ("additional_chat_templates",)
-"""Folders that belong to them."""
 
 
 def check_folder(folder: Path, inputs: Iterable[str], ours: Iterable[str] = ()) -> None:
@@ -104,9 +80,18 @@ def check_folder(folder: Path, inputs: Iterable[str], ours: Iterable[str] = ()) 
 def work_names(plan: Plan) -> set[str]:
     """Names that an unfinished run of this plan may have left in the output folder; a kill may come at the very end."""
     shards = {f"{shard.file}{end}" for shard in plan.layout().shards for end in ("", ".part")}
-    beside = set() if plan.sidecar is None else {p.name for p in _sidecars(Path(plan.models[plan.sidecar].path))}
+    beside = _copied_names(plan)
     beside |= first_names(plan) | set(plan.beside.files)
     return shards | beside | {HEADS_FOLDER, TASKS_FOLDER, CARD_NAME, MANIFEST_NAME, INDEX_NAME}
+
+
+def _copied_names(plan: Plan) -> set[str]:
+    """Names in the output of what is copied from a model; an earlier merge shows them when it is made."""
+    if plan.sidecar is None:
+        return set()
+    source = Path(plan.models[plan.sidecar].path)
+    files = plan.side_files if plan.side_files is not None else side_files.look_at(source)
+    return side_files.top_names(files, source)
 
 
 def first_names(plan: Plan) -> set[str]:
@@ -145,81 +130,9 @@ def remove_work(plan: Plan) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sidecars(source: Path, withheld: Iterable[str] = ()) -> list[Path]:
-    """Files and folders of a model that are copied beside the weights; without those of some patterns."""
-    found = [path for pattern in SIDECARS for path in sorted(source.glob(pattern)) if path.is_file()]
-    folders = [source / name for name in SIDECAR_FOLDERS if (source / name).is_dir()]
-    found, folders = (
-        [path for path in paths if not any(path.match(pattern) for pattern in withheld)] for paths in (found, folders)
-    )
-    return [path for path in found if not path.name.endswith((".safetensors", ".bin", ".part"))] + folders
-
-
-def copy_sidecars(
-    source: Path, target: Path, changes: Mapping[str, Any], withheld: Iterable[str] = (), drops: Iterable[str] = ()
-) -> None:
-    """Copy configuration and tokenizer files.
-
-    `changes`, as deep as it is, replace values of `config.json`, whose keys `drops` are left out. Files that match a
-    pattern of `withheld` are not copied.
-    """
-    for path in _sidecars(source, tuple(withheld)):
-        if path.is_dir():
-            _copy_folder(path, target / path.name)
-            continue
-        data = path.read_bytes()
-        if path.name == "config.json" and (changes or drops):
-            data = _changed(data, changes, drops)
-        write_atomic(target / path.name, data)
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    """Copy the regular files of a folder, not their modes: the copy may be from a read-only place."""
-    target.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file():
-            write_atomic(target / path.name, path.read_bytes())
-
-
-def _changed(config: bytes, changes: Mapping[str, Any], drops: Iterable[str]) -> bytes:
-    """A configuration with other values; byte for byte as it was if it has these already."""
-    before = json.loads(config)
-    values = {key: copy.deepcopy(value) for key, value in before.items() if key not in drops}
-    put_values(values, changes)
-    return config if values == before else to_json(values)
-
-
 def config_changes(plan: Plan) -> dict[str, Any]:
     """What a merge writes into the configuration that it copies."""
     return plan.config | ({"torch_dtype": plan.dtype} if plan.dtype else {})
-
-
-def put_values(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put changes, as deep as they are, into a configuration."""
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
-            put_values(values[key], value)
-        else:
-            # A type is written under the name that the configuration uses for it already, and where it repeats it.
-            if key == "torch_dtype":
-                key = "dtype" if "dtype" in values else key
-                _put_inner_types(values, values.get(key), value)
-            values[key] = value
-
-
-def _put_inner_types(values: dict[str, Any], old: object, new: object) -> None:
-    """Models of several parts say the type of each; a part that had the whole's type follows it."""
-    for inner in values.values():
-        if isinstance(inner, dict):
-            for key in ("dtype", "torch_dtype"):
-                if key in inner and inner[key] == old:
-                    inner[key] = new
-            _put_inner_types(inner, old, new)
-
-
-def to_json(values: Mapping[str, Any]) -> bytes:
-    """As configuration files are written: two spaces deep, a newline at the end."""
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def manifest(
@@ -251,6 +164,7 @@ def manifest(
             for model in (*plan.models[:1], *plan.merged_before, *plan.models[1:])
             if model.role != "carried"
         ],
+        "side_files": side_files.fingerprint(plan.side_files or ()),
         "shards": [
             {
                 "file": shard.file,
@@ -275,6 +189,18 @@ def manifest(
     }
 
 
+def check_side_files(plan: Plan) -> None:
+    """Refuse to go on if a file that is copied beside the weights is not the one the plan was made for.
+
+    Raises
+    ------
+    InputChangedError
+    """
+    if plan.sidecar is not None and plan.side_files is not None:
+        source = Path(plan.models[plan.sidecar].path)
+        side_files.check_unchanged(plan.side_files, source, plan.beside.withheld)
+
+
 def put_beside(plan: Plan, source: Path, folder: Path, contents: Mapping[str, bytes]) -> None:
     """Put configuration and tokenizer files into a folder.
 
@@ -289,26 +215,52 @@ def put_beside(plan: Plan, source: Path, folder: Path, contents: Mapping[str, by
         Of the files that `plan.beside` names.
     """
     drops = () if plan.sidecar is None else plan.models[plan.sidecar].drops
-    copy_sidecars(source, folder, config_changes(plan), plan.beside.withheld, drops)
+    side_files.copy_side_files(source, folder, config_changes(plan), plan.beside.withheld, drops)
     for name in plan.beside.files:
         write_atomic(folder / name, contents[name])
 
 
-def publish(plan: Plan, record: Mapping[str, Any], beside: Path) -> None:
-    """Put everything beside the weights, and the index (or the single file's name) last.
+def put_side_files(plan: Plan, beside: Path) -> None:
+    """Put configuration and tokenizer files beside the weights.
+
+    Parameters
+    ----------
+    plan : Plan
+    beside : Path
+        Folder of the files that `plan.beside` names.
+
+    Raises
+    ------
+    InputChangedError
+        If one that is copied is not the one the plan was made for.
+    """
+    if plan.sidecar is not None:
+        contents = {name: (beside / name).read_bytes() for name in plan.beside.files}
+        check_side_files(plan)
+        put_beside(plan, Path(plan.models[plan.sidecar].path), Path(plan.output), contents)
+        check_side_files(plan)  # what was copied is what the plan means
+
+
+def with_effort(record: dict[str, Any], meter: Meter) -> dict[str, Any]:
+    """The manifest with what came after the weights: seconds and bytes added, the larger peak of memory."""
+    return record | {
+        "seconds": round(record["seconds"] + meter.seconds, 3),
+        "disk_bytes_read": record["disk_bytes_read"] + meter.disk_read,
+        "disk_bytes_written": record["disk_bytes_written"] + meter.disk_written,
+        "peak_anonymous_bytes": max(record["peak_anonymous_bytes"], meter.peak_anonymous),
+    }
+
+
+def publish(plan: Plan, record: Mapping[str, Any]) -> None:
+    """Put card and manifest beside the weights and what belongs to them, and the index (or the one file's name) last.
 
     Parameters
     ----------
     plan : Plan
     record : mapping
         The manifest.
-    beside : Path
-        Folder of the files that `plan.beside` names.
     """
     folder = Path(plan.output)
-    if plan.sidecar is not None:
-        contents = {name: (beside / name).read_bytes() for name in plan.beside.files}
-        put_beside(plan, Path(plan.models[plan.sidecar].path), folder, contents)
     write_atomic(folder / CARD_NAME, model_card(plan).encode())
     replace_manifest(plan, record)
     index = plan.layout().index
@@ -331,4 +283,6 @@ def finished(plan: Plan) -> dict[str, Any] | None:
         record = read_record(folder)
     except ValueError:
         return None
-    return record if record["plan"] == plan.id and last.exists() else None
+    beside = side_files.fingerprint(plan.side_files or ())
+    same = record["plan"] == plan.id and record.get("side_files", beside) == beside
+    return record if same and last.exists() else None

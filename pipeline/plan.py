@@ -23,6 +23,7 @@ from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline.beside import Beside
 from mergepipe.pipeline.references import is_hub_id, parse_reference, split_revision
 from mergepipe.pipeline.vocabulary_rows import PlannedVocabulary
+from mergepipe.storage.checkpoint import FileInfo
 from mergepipe.storage.collector import paused_collector
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.layout import OutputLayout, OutputTensor, lay_out
@@ -258,6 +259,9 @@ class Plan:
         Which rows of vocabulary-indexed tensors come from where, if they are not all read as they lie.
     beside : Beside
         What differs between the files beside the weights and those of the model `sidecar`.
+    side_files : tuple of FileInfo or None
+        The files of that model that are copied; None if there are none yet, as an earlier merge makes it. Not part of
+        the id: a plan built anew after a change goes on with the weights.
     """
 
     format: int
@@ -286,6 +290,7 @@ class Plan:
     added: str | None = None
     vocabulary: PlannedVocabulary | None = None
     beside: Beside = field(default_factory=Beside)
+    side_files: tuple[FileInfo, ...] | None = None
 
     @property
     def stages(self) -> tuple[Plan, ...]:

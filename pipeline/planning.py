@@ -17,7 +17,7 @@ from mergepipe.errors import (
     Fault,
     RecipeError,
 )
-from mergepipe.pipeline import outputs, stages
+from mergepipe.pipeline import side_files, stages
 from mergepipe.pipeline.align import AlignedTensor, Alignment
 from mergepipe.pipeline.beside import BesideFiles
 from mergepipe.pipeline.chain_plan import earlier_of
@@ -97,7 +97,7 @@ def make_plan(
     recipes = [*(one.recipe for one in earlier), shown]
     beside = beside or BesideFiles()
     config = copy.deepcopy(alignment.config)
-    outputs.put_values(config, beside.config)
+    side_files.put_values(config, beside.config)
     metadata = {"format": "pt", "mergepipe.recipe": json.dumps(recipes if earlier else shown, sort_keys=True)}
     plan = Plan(
         format=PLAN_FORMAT,
@@ -122,6 +122,7 @@ def make_plan(
         stem="adapter_model" if adapter else "model",
         vocabulary=vocabulary,
         beside=beside.beside,
+        side_files=None if models[0].made else side_files.look_at(Path(models[0].path), beside.beside.withheld),
     )
     return stages.split(plan)
 

@@ -158,15 +158,19 @@ def run(
         if restart and workspace.begun():
             outputs.remove_work(plan)
             workspace.forget_progress()
+        outputs.check_side_files(plan)
         how = How(ceiling, device, reader, sha256, on_shard, verify, ended)
         if plan.first_stage is None:
             manifest = _carry_out(plan, workspace, how, announce)
         else:
             first = _first_stage(plan, plan.first_stage, workspace, how, announce)
             manifest = stages.joined(_carry_out(plan, workspace, how, announce, stages.scaling(first)), first)
-        if diagnostics:
-            _compare(manifest, plan, workspace, ceiling, manifest["device"], ended, announce)
-        outputs.publish(plan, manifest, workspace.beside)
+        with Meter() as meter:
+            if diagnostics:
+                _compare(manifest, plan, workspace, ceiling, manifest["device"], ended, announce)
+            outputs.put_side_files(plan, workspace.beside)
+        manifest = outputs.with_effort(manifest, meter)
+        outputs.publish(plan, manifest)
         _hand_over_single(plan, workspace, on_shard)
         announce(RunFinished(plan.output, manifest["seconds"]))
     return Result(Path(plan.output), manifest)
@@ -194,7 +198,7 @@ def _first_stage(plan: Plan, first: Plan, workspace: Workspace, how: How, announ
         outputs.check_folder(Path(plan.output), stages.folders_read(plan), ours)
         workspace.first_stage.root.mkdir(exist_ok=True)
         record = _carry_out(first, workspace.first_stage, replace(how, on_shard=None), announce)
-        outputs.publish(first, record, workspace.beside)
+        outputs.publish(first, record)
     stages.open_carried(plan, workspace, anew=made)
     return record
 

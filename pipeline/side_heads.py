@@ -16,6 +16,7 @@ from pathlib import Path
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.masks import BASE_ROWS, kept_base
 from mergepipe.pipeline.plan import Plan, Source
+from mergepipe.pipeline.side_files import copy_side_files
 from mergepipe.storage.layout import OutputTensor, PlacedTensor, ShardLayout, lay_out
 from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.readers import Reader
@@ -66,7 +67,7 @@ class SideHeads:
                 self._copy(number, place.name, place, writer, reader)
             writer.seal(sha256=False)
             model = self._plan.models[number]
-            outputs.copy_sidecars(Path(model.path), writer.final.parent, {}, model.drops)
+            copy_side_files(Path(model.path), writer.final.parent, {}, model.drops)
             writer.publish()
         if self._base_writer is not None:
             for place in self._base_writer.layout.tensors:

@@ -76,9 +76,10 @@ def _existing(folder: Path) -> Path:
 
 
 def beside_bytes(plan: Plan) -> int:
-    """What lies beside the weights, at the most: heads of models, masks of tasks, and what masks need of the base."""
+    """What lies beside the weights, at the most: copied files, heads, masks, and what masks need of the base."""
     heads = plan.side_bytes + HEAD_BYTES * sum(len(sources) for sources in plan.side.values())
-    return heads + sum(mask_bytes(plan).values()) + kept_base_bytes(plan)
+    copied = sum(info.size for info in plan.side_files or ())
+    return heads + sum(mask_bytes(plan).values()) + kept_base_bytes(plan) + copied
 
 
 def disk_bytes(plan: Plan) -> int:

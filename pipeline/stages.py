@@ -84,6 +84,7 @@ def _first(plan: Plan, chosen: Sequence[PlannedTensor], names: set[str]) -> Plan
         side_bytes=0,
         config={},
         sidecar=None,
+        side_files=None,
         dtype=None,
         notes=(),
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from mergepipe.storage.file_errors import NO_ROOM, disk_full, named
+
+COPIED_AT_ONCE = 1 << 20
 
 
 @contextmanager
@@ -76,12 +80,21 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     OSError
         For anything else the filesystem says.
     """
-    path = Path(path)
+    _replace(Path(path), lambda file: file.write(data))
+
+
+def copy_atomic(source: str | Path, path: str | Path) -> None:
+    """Copy the bytes of a file, a piece at a time, as :func:`write_atomic` writes them; raises likewise."""
+    with open(source, "rb") as original:
+        _replace(Path(path), lambda file: shutil.copyfileobj(original, file, COPIED_AT_ONCE))
+
+
+def _replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with no_room_errors(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                fill(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

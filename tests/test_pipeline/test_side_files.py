@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ import pytest
 import yaml
 
 import mergepipe
-from mergepipe.pipeline.outputs import put_values
+from mergepipe.errors import CheckpointError, HandOverError, InputChangedError, OutputExistsError
+from mergepipe.pipeline import measure, outputs
+from mergepipe.pipeline.events import Event, ShardSealed
+from mergepipe.pipeline.handover import hand_over
+from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.side_files import copy_side_files, put_values
+from mergepipe.pipeline.space import output_need
+from support.jobs import build_job, write_job
 from support.vocabularies import byte_tokenizer, write_model
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -90,3 +99,111 @@ def test_the_card(tmp_path: Path) -> None:
     assert (recipe["merge_method"], recipe["tokenizer_source"]) == ("linear", "union")
     assert [entry["model"] for entry in recipe["models"]] == ["a", "b"]
     assert str(tmp_path) not in text
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A folder with a built merge of two small models; the first, ``base``, lends its files."""
+    write_job(tmp_path)
+    build_job(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("how", ["changed", "broken", "gone"])
+def test_a_file_that_changed_since_the_build_is_refused_by_name(job: Path, name: str, how: str) -> None:
+    path = job / "base" / name
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_text("{" if how == "broken" else '{"model_type": "other"}')
+    with pytest.raises(InputChangedError, match=str(path)):
+        mergepipe.run(job / "work")
+    assert not (job / "merged").exists(), "that is found before any work"
+
+
+def test_a_file_that_came_since_the_build_is_refused_by_name(job: Path) -> None:
+    (job / "base" / "chat_template.jinja").write_text("new")
+    with pytest.raises(InputChangedError, match=r"chat_template\.jinja' has come"):
+        mergepipe.run(job / "work")
+
+
+def test_a_file_that_changes_during_the_work_is_refused_and_the_weights_are_kept(job: Path) -> None:
+    def change(event: Event) -> None:
+        if isinstance(event, ShardSealed):
+            (job / "base" / "config.json").write_text('{"model_type": "other"}')
+
+    with pytest.raises(InputChangedError, match=r"config\.json"):
+        mergepipe.run(job / "work", on_event=change)
+    assert not (job / "merged" / "model.safetensors").exists()
+    plan = json.loads((job / "work" / "plan.json").read_text())["id"]
+    build_job(job)
+    assert json.loads((job / "work" / "plan.json").read_text())["id"] == plan
+    told: list[str] = []
+    mergepipe.run(job / "work", on_event=lambda event: told.append(str(event)))
+    assert any("going on with an earlier run" in text for text in told)
+    assert json.loads((job / "merged" / "config.json").read_text())["model_type"] == "other"
+
+
+def test_a_finished_merge_with_older_files_is_not_taken_for_that_of_a_new_build(job: Path) -> None:
+    mergepipe.run(job / "work")
+    build_job(job)
+    (job / "base" / "tokenizer.json").write_text('{"new": 1}')
+    with pytest.raises(OutputExistsError, match="not empty"):
+        build_job(job)
+
+
+@pytest.mark.parametrize("kind", ["link to nothing", "pipe"])
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    write_job(tmp_path)
+    odd = tmp_path / "base" / "tokenizer.model"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=str(odd)):
+        build_job(tmp_path)
+    odd.unlink()
+    odd.mkdir()
+    build_job(tmp_path)
+
+
+def test_a_large_file_is_copied_a_piece_at_a_time_and_has_its_room(job: Path) -> None:
+    size = 64 * 1024 * 1024
+    before = output_need(read_plan(job)).nbytes
+    with open(job / "base" / "tokenizer.model", "wb") as file:
+        file.truncate(size)
+    build_job(job)
+    assert output_need(read_plan(job)).nbytes == before + size
+    tracemalloc.start()
+    copy_side_files(job / "base", job, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (job / "tokenizer.model").stat().st_size == size
+    assert peak < 8 * 1024 * 1024
+
+
+def test_the_manifest_has_the_peak_of_what_follows_the_weights(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, size = outputs.put_side_files, 1 << 30
+
+    def hungry(*args: Any) -> None:
+        monkeypatch.setattr(measure, "anonymous_bytes", lambda: size)
+        time.sleep(0.2)
+        real(*args)
+
+    monkeypatch.setattr(outputs, "put_side_files", hungry)
+    assert mergepipe.run(job / "work").manifest["peak_anonymous_bytes"] == size
+    assert json.loads((job / "merged" / "mergepipe_manifest.json").read_text())["peak_anonymous_bytes"] == size
+
+
+def read_plan(job: Path) -> Plan:
+    return Plan.from_json((job / "work" / "plan.json").read_bytes())
+
+
+def test_of_a_command_that_says_much_the_end_is_kept(tmp_path: Path) -> None:
+    tracemalloc.start()
+    with pytest.raises(HandOverError, match="no such bucket"):
+        hand_over("head -c 50000000 /dev/zero; echo no such bucket >&2; false {path}", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 1024 * 1024
