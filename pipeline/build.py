@@ -28,6 +28,7 @@ from mergepipe.pipeline.align import Differing, align
 from mergepipe.pipeline.beside import BesideFiles, files_beside
 from mergepipe.pipeline.chain import Merge, check_dropped, load_chain
 from mergepipe.pipeline.chain_plan import collected, is_whole, made_checkpoint, take_together
+from mergepipe.pipeline.descriptors import check_descriptors
 from mergepipe.pipeline.events import Announcer, Listener, Note
 from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.handover import SHARDS_OPEN
@@ -212,6 +213,8 @@ def examine(order: Order, faults: Faults, announce: Announcer, find: Find = find
         examined.abandoned = [_check_way(found, order.force, faults) for found in examined.planned]
         with faults.taken():
             _check_disks(examined.planned, announce)
+        with faults.taken():
+            check_descriptors([found.plan for found in examined.planned])
         with faults.taken():
             check_dropped(root, [found.merge for found in examined.planned[:-1]], order.force)
     return examined

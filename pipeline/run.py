@@ -16,6 +16,7 @@ from typing import Any
 from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline import changes, devices, outputs, stages
 from mergepipe.pipeline.chain_run import earlier_first
+from mergepipe.pipeline.descriptors import allow_descriptors
 from mergepipe.pipeline.eventlog import EventLog
 from mergepipe.pipeline.events import (
     Announcer,
@@ -159,6 +160,7 @@ def run(
             outputs.remove_work(plan)
             workspace.forget_progress()
         outputs.check_side_files(plan)
+        allow_descriptors(plan)
         how = How(ceiling, device, reader, sha256, on_shard, verify, ended)
         if plan.first_stage is None:
             manifest = _carry_out(plan, workspace, how, announce)
