@@ -17,6 +17,7 @@ from mergepipe.pipeline import changes, outputs
 from mergepipe.pipeline.chain_plan import is_whole
 from mergepipe.pipeline.events import Announcer, Note
 from mergepipe.pipeline.handover import check_command
+from mergepipe.pipeline.inputs import Inputs
 from mergepipe.pipeline.models import open_model
 from mergepipe.pipeline.move import move_output
 from mergepipe.pipeline.plan import Plan
@@ -124,4 +125,5 @@ def _take_in(workspace: Workspace, plan: Plan) -> None:
         for number, model in enumerate(plan.models)
         if plan.vocabulary is not None and model.role != "carried"
     }
-    make_late_rows(workspace.vocabulary, plan.vocabulary, [model.path for model in plan.models], manifests)
+    inputs, paths = Inputs.of(list(manifests.values())), [model.path for model in plan.models]
+    make_late_rows(workspace.vocabulary, plan.vocabulary, paths, manifests, inputs.check)

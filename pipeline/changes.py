@@ -29,6 +29,7 @@ from mergepipe.pipeline.admission import Admission
 from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.events import Announcer, Note
 from mergepipe.pipeline.graph import Graph, bundles, count_tasks, run_bundle, tensor_graph
+from mergepipe.pipeline.inputs import Inputs
 from mergepipe.pipeline.memory import MIB, TORCH_BYTES, Ceiling, TensorShape, UnitShape, blocks_in
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.resume import Progress
@@ -159,6 +160,7 @@ class Survey:
             number: ChunkManifest.load(workspace.manifest_file(number, plan.models[number].label))
             for number in {tensor.base.model for tensor in plan.tensors if tensor.base is not None}
         }
+        self._inputs = Inputs.of(list(self._bases.values()))
         self._lock = threading.Lock()
 
     def make(self) -> dict[str, dict[str, Any]]:
@@ -168,6 +170,8 @@ class Survey:
         ------
         Interrupted
             If it was stopped: what was found is kept.
+        InputChangedError
+            If the base is not what it was when the plan was made, or changes meanwhile: the same.
         """
         with closing(self._reader), closing(Journal(self._workspace.journal_file)) as journal:
             self._journal = journal
@@ -272,6 +276,7 @@ class Survey:
 
     def _keep(self, record: dict[str, Any]) -> None:
         with self._lock:
+            self._inputs.check()
             self._journal.append([record])
             self._known.add(record)
 

@@ -1,9 +1,13 @@
 """Group commit: finished units become durable together, and only then are recorded.
 
-    unit written ─► pending ──(256 MiB or 2 s)──► fdatasync of the shards ─► journal record ─► fdatasync of the journal
+    unit written ─► pending ──(256 MiB or 2 s)──► inputs are what they were? ─► fdatasync of the shards
+                                                  ─► journal record ─► fdatasync of the journal
 
 A record is a promise, so it follows the bytes, never the other way round; a unit that failed, or whose sync failed, is
-never recorded. What is lost when the process dies is what was pending: two seconds of work.
+never recorded. Nor is anything that was made of inputs while somebody wrote to them: they are looked at after the
+pending units were made and before these are recorded, and once they differ the run ends. So whatever is recorded, by
+this run or an earlier one, was made of the right bytes, and needs not be forgotten when a changed input is found.
+What is lost when the process dies is what was pending: two seconds of work.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from mergepipe.storage.journal import Journal, Record
 
 COMMIT_BYTES = 256 * 1024 * 1024
 COMMIT_SECONDS = 2.0
+LOOKS = 20
+"""A look at the inputs, at all chunks of copied stores that is, takes at most one of so many parts of the time."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +54,8 @@ class Committer:
         ``sync(shard)`` makes all bytes written to a shard so far durable.
     on_error : callable
         Told of the first failure of a commit; the run should end then.
+    check_inputs : callable
+        Raises if an input is not what it was when the run began.
     max_bytes, max_seconds
         A commit begins when this much is pending, or when the oldest pending unit is this old.
     """
@@ -57,6 +65,7 @@ class Committer:
         journal: Journal,
         sync: Callable[[int], None],
         on_error: Callable[[BaseException], None],
+        check_inputs: Callable[[], None],
         *,
         max_bytes: int = COMMIT_BYTES,
         max_seconds: float = COMMIT_SECONDS,
@@ -64,6 +73,8 @@ class Committer:
         self._journal = journal
         self._sync = sync
         self._on_error = on_error
+        self._check_inputs = check_inputs
+        self._rest_s = 0.0
         self._max_bytes = max_bytes
         self._max_seconds = max_seconds
         self._pending: list[DoneUnit] = []
@@ -85,7 +96,7 @@ class Committer:
                 self._wake.notify()
 
     def add_record(self, record: Record) -> None:
-        """A record that promises nothing about shards, to be written with the next commit."""
+        """A record that promises nothing about shards but was made of inputs, to be written with the next commit."""
         with self._wake:
             self._records.append(record)
             if not self._pending:
@@ -97,6 +108,8 @@ class Committer:
             with self._wake:
                 units, self._pending, self._pending_bytes = self._pending, [], 0
                 records, self._records = self._records, []
+            if units or records:
+                self._look()
             for shard in sorted({unit.shard for unit in units}):
                 self._sync(shard)
             if units:
@@ -105,8 +118,14 @@ class Committer:
                 self._journal.append(records)
                 logger.debug("committed %d units, %s bytes", len(units), f"{sum(u.stop - u.start for u in units):,}")
 
+    def _look(self) -> None:
+        """Nothing is recorded that was made of inputs that changed."""
+        began = time.monotonic()
+        self._check_inputs()
+        self._rest_s = LOOKS * (time.monotonic() - began)
+
     def record(self, record: Record) -> None:
-        """Append a record whose promise is kept already."""
+        """Append a record whose promise is kept already, and that follows from what was committed before."""
         with self._guarded():
             self._journal.append([record])
 
@@ -144,6 +163,8 @@ class Committer:
             except BaseException as error:
                 self._on_error(error)
                 return
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed, timeout=self._rest_s)
 
 
 def units_record(units: list[DoneUnit]) -> Record:

@@ -33,7 +33,7 @@ from mergepipe.pipeline.events import (
     UnitFinished,
 )
 from mergepipe.pipeline.graph import MAX_BUNDLE_BYTES, Graph, bundles, count_tasks, run_bundle, tensor_graph
-from mergepipe.pipeline.inputs import check_inputs, mark_damage
+from mergepipe.pipeline.inputs import Inputs, mark_damage
 from mergepipe.pipeline.masks import TaskMasks
 from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling
 from mergepipe.pipeline.plan import Plan, PlannedTensor, Source
@@ -104,7 +104,7 @@ class Execution:
             ChunkManifest.load(workspace.manifest_file(number, model.label)) for number, model in enumerate(plan.models)
         ]
         self.manifests = gathered_manifests(workspace.vocabulary, plan.vocabulary, stores)
-        check_inputs(self.manifests)
+        self._unchanged = Inputs.of(self.manifests)  # before anything is read of them
         ceiling = how.ceiling
         self._allowed = ceiling.allowed
         self._reading = choose_reading(how.reader, plan, ceiling, self.manifests)
@@ -158,8 +158,11 @@ class Execution:
                 finally:
                     self.shards.close()
                     self._statistics.flush()
-            check_inputs(self.manifests)
+            self._unchanged.check()
             return sealed
+        except Exception:
+            self._unchanged.check()  # what a kernel makes of an input that changes between two looks at it is no bug
+            raise
         finally:
             self._masks.close()
             self._heads.close()
@@ -228,6 +231,7 @@ class Execution:
             self._masks,
             self._drivers,
             self.announce,
+            self._unchanged.check,
             sha256=self.sha256,
             on_shard=self.on_shard,
         )
@@ -247,7 +251,7 @@ class Execution:
             self._make_rounds(pool)
             self._masks.open(self._rounds.state_of, begun=self._has_output)
             self._drivers.drive(self._bundles(), lambda bundle: self._run(bundle, pool), self._driver_count)
-            self.shards.committer.commit()
+            self.shards.commit()
             self._masks.finish()
             self._heads.write(self._reader)
             return self.shards.all_sealed()
@@ -300,7 +304,8 @@ class Execution:
             cut = bundles(tasks, [item.tensor.input_bytes() for item in items])
             waiting = ([group.numbers[position] for position in bundle] for bundle in cut)
             self._drivers.drive(waiting, partial(self._sweep, which, pool), self._driver_count)
-            self.shards.committer.record(round_record(*which, self._rounds.finish(which)))
+            self.shards.committer.add_record(round_record(*which, self._rounds.finish(which)))
+            self.shards.commit()
         for number in (member for group in self._rounds.groups for member in group.numbers):
             if number not in self._progress.states:
                 self.findings.keep(number, self._rounds.state_of(number))

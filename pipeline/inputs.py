@@ -1,40 +1,100 @@
-"""The input files of a plan, as a run finds them."""
+"""The input files of a plan, as a run finds them, and whether they stay so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Self
 
-from mergepipe.errors import InputChangedError
+from mergepipe.errors import CheckpointError, DamageError, InputChangedError, MergepipeError
 from mergepipe.pipeline.plan import Plan
+from mergepipe.storage.checkpoint import FileInfo
 from mergepipe.storage.direct import supports_direct
 from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.workspace import Workspace
 
 
-def check_inputs(manifests: Sequence[ChunkManifest]) -> None:
-    """Refuse to read files that are not the ones the plan was made for.
+class Inputs:
+    """Files that are read, and proof that nobody has written to them meanwhile.
+
+    Size, time and inode tell whether a file is the one that a plan was made for. They can be given back to a file that
+    held something else for a while (``cp -p``); the time of its last change of status (ctime) can't. So that is noted
+    before the first byte is read: as long as it is the same, so is every byte that was read since. From one process to
+    the next it says nothing: a hard link, a move or a change of permissions sets it, too.
+
+    Parameters
+    ----------
+    files : iterable of FileInfo
+        The user's, as the plan knows them.
+    chunks : iterable of FileInfo
+        Of our own copies of such files.
 
     Raises
     ------
     InputChangedError
-        Naming the file, what it was and what it is.
+        If a file is gone or another one; names it and what to do.
+    DamageError
+        If that is a chunk of a copy.
+    CheckpointError
+        If a file can't be looked at.
+
+    Notes
+    -----
+    What it can't see: a write within the same tick of the filesystem's clock (some milliseconds) as the change before
+    it, pages written through a mapping that the kernel has not noticed yet, and what a network filesystem keeps from us
+    for a while.
     """
-    for manifest in manifests:
-        for info in manifest.files:
-            try:
-                status = Path(info.path).stat()
-            except FileNotFoundError:
+
+    def __init__(self, files: Iterable[FileInfo], chunks: Iterable[FileInfo] = ()) -> None:
+        pairs = [*((info, _changed) for info in files), *((info, _damaged) for info in chunks)]
+        self._files = {info.path: (info, error, _look(info, error)) for info, error in pairs}
+
+    @classmethod
+    def of(cls, manifests: Sequence[ChunkManifest]) -> Self:
+        """What is read through some manifests; raises likewise."""
+        files, chunks = ([m.files for m in manifests if m.kind == kind] for kind in ("virtual", "copy"))
+        return cls(chain.from_iterable(files), chain.from_iterable(chunks))
+
+    def check(self) -> None:
+        """Compare every file with what it was when this was made; raises likewise. Some microseconds per file."""
+        for info, error, ctime_ns in self._files.values():
+            if _look(info, error) != ctime_ns:
                 raise InputChangedError(
-                    f"'{info.path}' is gone since the plan was made: bring it back, or build again"
-                ) from None
-            found = (status.st_size, status.st_mtime_ns, status.st_ino)
-            if found != (info.size, info.mtime_ns, info.inode):
-                raise InputChangedError(
-                    f"'{info.path}' changed since the plan was made (size, time and inode were {info.size:,}, "
-                    f"{info.mtime_ns}, {info.inode} and are {found[0]:,}, {found[1]}, {found[2]}): "
-                    f"build again, or bring the old file back"
+                    f"'{info.path}' was written to, linked, moved or given other permissions while it was read, and "
+                    f"has its old size and time again: what was made since the last commit is dropped, run again to go "
+                    f"on"
                 )
+
+
+def _look(info: FileInfo, error: Callable[[FileInfo, str], MergepipeError]) -> int:
+    """The ctime of a file that is still the same one."""
+    try:
+        found = os.stat(info.path)
+    except FileNotFoundError:
+        raise error(info, "is gone since the plan was made") from None
+    except OSError as failure:
+        raise CheckpointError(f"'{info.path}' can't be looked at: {failure.strerror}") from failure
+    if (found.st_size, found.st_mtime_ns, found.st_ino) != (info.size, info.mtime_ns, info.inode):
+        were = f"{info.size:,}, {info.mtime_ns}, {info.inode}"
+        are = f"{found.st_size:,}, {found.st_mtime_ns}, {found.st_ino}"
+        raise error(info, f"changed since the plan was made (size, time and inode were {were} and are {are})")
+    return found.st_ctime_ns
+
+
+def _changed(info: FileInfo, what: str) -> MergepipeError:
+    return InputChangedError(
+        f"'{info.path}' {what}: bring the old file back and run again, or build again (with `mergepipe build --force` "
+        f"where work was begun, which drops it)"
+    )
+
+
+def _damaged(info: FileInfo, what: str) -> MergepipeError:
+    return DamageError(
+        f"'{info.path}', a chunk of a copied store, {what}: `mergepipe build` makes it anew from the model's own "
+        f"files, and `mergepipe run` then goes on"
+    )
 
 
 def all_direct(manifests: Sequence[ChunkManifest]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class Shards:
     drivers : Drivers
         Told of failures; asked whether to stop.
     announce : Announcer
+    check_inputs : callable
+        Raises if an input is not what it was when the run began.
     sha256 : bool
     on_shard : str or None
         The user's command for each complete shard.
@@ -65,6 +68,7 @@ class Shards:
         masks: TaskMasks,
         drivers: Drivers,
         announce: Announcer,
+        check_inputs: Callable[[], None],
         *,
         sha256: bool,
         on_shard: str | None,
@@ -86,7 +90,7 @@ class Shards:
         self._held = Held()
         self._sealed: list[Future[SealedShard]] = []
         self._open_tensors = {number: 0 for number in range(len(layout.shards)) if number not in progress.sealed}
-        self.committer = Committer(journal, self._sync, drivers.fail)
+        self.committer = Committer(journal, self._sync, drivers.fail, check_inputs)
         self._sealer = ThreadPoolExecutor(1, "mergepipe-seal")
 
     def open(self) -> None:
@@ -155,6 +159,13 @@ class Shards:
             self._seal(shard)
         else:
             self._sealer.submit(self._follow, shard)
+
+    def commit(self) -> None:
+        """Record everything made so far; if that failed before, raise what it failed with."""
+        try:
+            self.committer.commit()
+        except Interrupted as error:
+            raise error.__cause__ or error from None
 
     def all_sealed(self) -> list[SealedShard]:
         """Wait for the sealing of all shards; those of earlier runs included."""

@@ -7,13 +7,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergepipe.errors import (
-    InputChangedError,
-    WorkspaceError,
-)
+from mergepipe.errors import DamageError, WorkspaceError
 from mergepipe.pipeline.beside import BesideFiles
 from mergepipe.pipeline.events import Announcer, CopyProgress, Note
-from mergepipe.pipeline.inputs import check_inputs
+from mergepipe.pipeline.inputs import Inputs
 from mergepipe.pipeline.models import stored_of
 from mergepipe.pipeline.plan import Plan, PlannedModel
 from mergepipe.pipeline.vocabulary import Vocabulary
@@ -46,16 +43,24 @@ def write_workspace(
     vocabulary : Vocabulary, optional
         Whose row maps and made rows are wanted.
     beside : BesideFiles, optional
+
+    Raises
+    ------
+    InputChangedError
+        If a file changes meanwhile: nothing that was made of it is left to be believed.
     """
-    manifests = _write_stores(workspace, plan, checkpoints, announce)
+    there = [one for model, one in zip(plan.models, checkpoints, strict=False) if not model.made]
+    inputs = Inputs(info for one in there for info in stored_of(one).files)
+    manifests = _write_stores(workspace, plan, checkpoints, announce, inputs)
     if vocabulary is not None:
-        write_rows(workspace.vocabulary, vocabulary, [model.path for model in plan.models], manifests)
+        paths = [model.path for model in plan.models]
+        write_rows(workspace.vocabulary, vocabulary, paths, manifests, inputs.check)
     workspace.write_beside({} if beside is None else beside.contents)
     workspace.write_plan(plan.to_json())
 
 
 def _write_stores(
-    workspace: Workspace, plan: Plan, checkpoints: Sequence[Checkpoint], announce: Announcer
+    workspace: Workspace, plan: Plan, checkpoints: Sequence[Checkpoint], announce: Announcer, inputs: Inputs
 ) -> dict[int, ChunkManifest]:
     """Make the stores of all models but those to be made; their manifests, by number of the model."""
     keep = {workspace.store(number, model.label) for number, model in enumerate(plan.models)}
@@ -78,7 +83,7 @@ def _write_stores(
                 )
             else:
                 announce(Note(f"'{model.label}' is copied in part already: going on with that"))
-        manifest = _make_store(model, checkpoint, folder, plan.chunk_bytes, announce, mend=mend)
+        manifest = _make_store(model, checkpoint, folder, plan.chunk_bytes, announce, inputs, mend=mend)
         manifest.save(manifest_file)
         workspace.unmark_damage(number, model.label)
         manifests[number] = manifest
@@ -106,14 +111,21 @@ def _begun_before(folder: Path, model: PlannedModel, chunk_bytes: int) -> bool:
 def _is_untouched(manifest_file: Path) -> bool:
     """Whether the files of a copy are those that were written, by their sizes and times."""
     try:
-        check_inputs([ChunkManifest.load(manifest_file)])
-    except (InputChangedError, WorkspaceError):
+        Inputs.of([ChunkManifest.load(manifest_file)])
+    except (DamageError, WorkspaceError):
         return False
     return True
 
 
 def _make_store(
-    model: PlannedModel, checkpoint: Checkpoint, folder: Path, chunk_bytes: int, announce: Announcer, *, mend: bool
+    model: PlannedModel,
+    checkpoint: Checkpoint,
+    folder: Path,
+    chunk_bytes: int,
+    announce: Announcer,
+    inputs: Inputs,
+    *,
+    mend: bool,
 ) -> ChunkManifest:
     if model.store == "virtual":
         return virtual_manifest(stored_of(checkpoint), chunk_bytes)
@@ -122,6 +134,7 @@ def _make_store(
         folder / "zarr",
         chunk_bytes,
         lambda nbytes: announce(CopyProgress(model.label, nbytes, model.nbytes)),
+        check_source=inputs.check,
         resume=True,
         mend=mend,
     )

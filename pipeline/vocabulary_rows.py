@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +103,11 @@ def _made_tensor(gather: Gather, entry: TensorEntry) -> OutputTensor:
 
 
 def write_rows(
-    folder: Path, vocabulary: Vocabulary, paths: Sequence[str], manifests: Mapping[int, ChunkManifest]
+    folder: Path,
+    vocabulary: Vocabulary,
+    paths: Sequence[str],
+    manifests: Mapping[int, ChunkManifest],
+    check_sources: Callable[[], None],
 ) -> None:
     """Write the maps, and make the rows that can be made.
 
@@ -116,6 +120,8 @@ def write_rows(
         What to call each model in messages.
     manifests : mapping of int to ChunkManifest
         Of their stores, by number of the model; without those of models that are yet to be made.
+    check_sources : callable
+        Called when rows are made and before they are to be believed; raises if an input is not what it was.
 
     Raises
     ------
@@ -134,11 +140,16 @@ def write_rows(
     if late:
         save_wanted(folder / WANTED, [gather for gather in wanted if gather.model in late])
         files.append(WANTED)
+    check_sources()
     _record(folder, files)
 
 
 def make_late_rows(
-    folder: Path, planned: PlannedVocabulary | None, paths: Sequence[str], manifests: Mapping[int, ChunkManifest]
+    folder: Path,
+    planned: PlannedVocabulary | None,
+    paths: Sequence[str],
+    manifests: Mapping[int, ChunkManifest],
+    check_sources: Callable[[], None],
 ) -> None:
     """Make the rows that `build` could not make, now that all models are there.
 
@@ -147,7 +158,7 @@ def make_late_rows(
     folder : Path
         `vocabulary` of the workspace.
     planned : PlannedVocabulary or None
-    paths, manifests
+    paths, manifests, check_sources
         As for :func:`write_rows`.
 
     Raises
@@ -164,6 +175,7 @@ def make_late_rows(
         return
     gathers = load_wanted(folder / WANTED, _maps(folder, planned))
     made = make_rows(folder, gathers, paths, manifests)
+    check_sources()
     _record(folder, [*(name for name in files if name != WANTED), *made])
 
 

@@ -38,12 +38,18 @@ BALLAST_NAME = "ballast.partial"
 
 
 class _HeldBackStore(WrapperStore[LocalStore]):
-    """Shows metadata to zarr that is not on disk yet."""
+    """Shows metadata to zarr that is not on disk yet, and writes no chunk of an input that changed."""
 
-    def __init__(self, store: LocalStore, documents: dict[str, bytes]) -> None:
+    def __init__(self, store: LocalStore, documents: dict[str, bytes], check_source: Callable[[], None]) -> None:
         super().__init__(store)
         self._documents = documents
+        self._check_source = check_source
         self.folder = store.root
+
+    async def set(self, key: str, value: Buffer) -> None:
+        # By now all its bytes have been read, and end in their checksum: under its name a chunk is believed.
+        self._check_source()
+        await super().set(key, value)
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -65,6 +71,7 @@ def copy_store(
     chunk_target: int = DEFAULT_CHUNK_BYTES,
     on_bytes: Callable[[int], None] = lambda count: None,
     *,
+    check_source: Callable[[], None] = lambda: None,
     resume: bool = False,
     mend: bool = False,
 ) -> ChunkManifest:
@@ -80,6 +87,8 @@ def copy_store(
         Bytes per chunk, as for :func:`mergepipe.storage.chunks.chunk_shape`.
     on_bytes : callable
         Called after each chunk with its number of bytes.
+    check_source : callable
+        Called when a chunk was read and before it is written; raises if the checkpoint's files are not what they were.
     resume : bool
         The caller knows that `folder`, or its ``.part``, is of this very checkpoint and chunk size: what is whole in it
         is kept, chunk by chunk, and what an error leaves stays for the next time.
@@ -109,7 +118,7 @@ def copy_store(
     if resume and folder.is_dir():
         if mend:
             with no_room_errors(folder):
-                _write(source, folder, on_bytes, room=None)
+                _write(source, folder, on_bytes, check_source, room=None)
         return _manifest_of_copy(source, folder)
     if os.path.lexists(folder):
         raise OutputExistsError(f"'{folder}' exists already: remove it, or choose another folder for the copy")
@@ -124,7 +133,7 @@ def copy_store(
     part.mkdir(exist_ok=True)
     try:
         with no_room_errors(part), Ballast(ballast, needed) as room:
-            _write(source, part, on_bytes, room)
+            _write(source, part, on_bytes, check_source, room)
             os.rename(part, folder)
             fsync_path(folder.parent)
     except BaseException:
@@ -157,10 +166,16 @@ def _tensor_context(name: str, where: str) -> Iterator[None]:
         raise
 
 
-def _write(source: ChunkManifest, part: Path, on_bytes: Callable[[int], None], room: Ballast | None) -> None:
+def _write(
+    source: ChunkManifest,
+    part: Path,
+    on_bytes: Callable[[int], None],
+    check_source: Callable[[], None],
+    room: Ballast | None,
+) -> None:
     zdtype.register()
     documents = hierarchy_documents(source, checksum=True)
-    store = _HeldBackStore(LocalStore(part), documents)
+    store = _HeldBackStore(LocalStore(part), documents, check_source)
     with MmapReader() as reader:
         for name in source.arrays:
             with _tensor_context(name, str(part)):

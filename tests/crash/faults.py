@@ -98,12 +98,18 @@ class Faults:
     seed : int
     loose : Path
         A folder of files that nobody syncs; a power cut truncates some.
+
+    Attributes
+    ----------
+    events : dict of int to callable
+        What else is to happen, by number of the call before which it does.
     """
 
     def __init__(self, kind: str, at: int, seed: int, loose: Path) -> None:
         self.kind, self.at, self.loose = kind, at, loose
         self.rng = random.Random(seed)
         self.calls = 0
+        self.events: dict[int, Callable[[], None]] = {}
         self.unsynced = Unsynced()
         self.lock = threading.RLock()
         for name in COUNTED:
@@ -116,6 +122,7 @@ class Faults:
         def counted(*args: Any, **options: Any) -> Any:
             with self.lock:
                 self.calls += 1
+                self.events.get(self.calls, lambda: None)()
                 if self.calls == self.at:
                     self._strike(name, args)
                 elif self.kind == "enospc" and 0 < self.at < self.calls and name in ("pwrite", "posix_fallocate"):

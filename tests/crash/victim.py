@@ -32,6 +32,8 @@ def live(task: dict[str, Any]) -> dict[str, Any]:
     """Do one task with its fault; does not return if that is a death."""
     kind = task["kind"] if task["kind"] in KINDS else "none"
     faults = Faults(kind, task["at"], task.get("seed", 0), Path(task["work"]) / "statistics")
+    if task["kind"] == "rewritten":
+        rewrite_at(faults, task["at"], Path(task["file"]), task["calls"])
     if task["kind"] == "raise":
         raise_at(task["at"])
     if task["kind"] == "later":
@@ -62,6 +64,28 @@ def raise_at(number: int) -> None:
         apply(self, unit, *after)
 
     TensorWork.apply = failing  # type: ignore[method-assign]
+
+
+def rewrite_at(faults: Faults, at: int, path: Path, calls: int) -> None:
+    """At the n-th call have all values of an input zero; so many calls later they are as they were, and its time, too.
+
+    With no number of calls they stay zero.
+    """
+    data, status = path.read_bytes(), path.stat()
+    start = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else 0
+
+    def put(tail: bytes) -> None:
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(tail)
+
+    def restore() -> None:
+        put(data[start:])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    faults.events[at] = lambda: put(bytes(len(data) - start))
+    if calls:
+        faults.events[at + calls] = restore
 
 
 def kill_after(seconds: float) -> None:
