@@ -97,6 +97,20 @@ def _damaged(info: FileInfo, what: str) -> MergepipeError:
     )
 
 
+def what_changed(workspace: Workspace, plan: Plan) -> str | None:
+    """What a run of the plan would say of the first input that is not what it was, remedy included; None if all are.
+
+    Of what a run makes itself, before it reads it, nothing is said.
+    """
+    given = [(n, model.label) for n, model in enumerate(plan.models) if not model.made and model.role != "carried"]
+    files = [workspace.manifest_file(number, label) for number, label in given]
+    try:
+        Inputs.of([ChunkManifest.load(file) for file in files if file.exists()])
+    except (InputChangedError, DamageError) as error:
+        return str(error)
+    return None
+
+
 def all_direct(manifests: Sequence[ChunkManifest]) -> bool:
     """Whether everything can be read past the page cache; one file of each folder answers for the others."""
     files = {Path(info.path).parent: info.path for manifest in manifests for info in manifest.files}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mergepipe.errors import WorkspaceError
 from mergepipe.pipeline import outputs
+from mergepipe.pipeline.inputs import what_changed
 from mergepipe.pipeline.plan import Plan
 from mergepipe.storage.workspace import Workspace
 
@@ -22,6 +23,8 @@ def abandoned_work(workspace: Workspace, plan: Plan, force: bool) -> Plan | None
     if (old.id, old.output, old.version) == (plan.id, plan.output, plan.version):
         return None
     if outputs.finished(old) is None and not force:
+        if (changed := what_changed(workspace, old)) is not None:
+            raise WorkspaceError(f"'{workspace.root}' holds unfinished work that can't go on as it is: {changed}")
         raise WorkspaceError(
             f"'{workspace.root}' holds unfinished work of another recipe, version or output ('{old.output}'): finish "
             f"it with `mergepipe run`, drop it with --force, or use another --work"

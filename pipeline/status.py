@@ -13,7 +13,7 @@ from typing import Literal
 
 from mergepipe.pipeline import outputs, recheck
 from mergepipe.pipeline.eventlog import last_failure, last_progress
-from mergepipe.pipeline.inputs import marked_damage
+from mergepipe.pipeline.inputs import marked_damage, what_changed
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.resume import Progress
 from mergepipe.storage.journal import Record, read_journal
@@ -56,6 +56,8 @@ class Status:
         What is not as the journal says.
     remedy : str
         What to do next.
+    changed : str or None
+        Of an unfinished job, the first input that is not what it was, and what to do; a run would end with it.
     failure : str or None
         The error that ended the latest run, if one did.
     merges : dict of str to str
@@ -78,6 +80,7 @@ class Status:
     damage: tuple[str, ...]
     remedy: str
     failure: str | None = None
+    changed: str | None = None
     merges: dict[str, State] = field(default_factory=dict)
     worked_bytes: int | None = None
     work_bytes: int | None = None
@@ -132,7 +135,8 @@ def _together(root: Workspace, last: Status, before: dict[str, Status]) -> Statu
         rate=current.rate,
         left_s=None if not current.rate else (total - done) / current.rate,
         damage=tuple(text for found in everyone for text in found.damage),
-        remedy=_remedy(state, root, mend=any(text.endswith(MISMATCH) for found in everyone for text in found.damage)),
+        remedy=next((text for found in everyone if (text := found.changed)), None)
+        or _remedy(state, root, mend=any(text.endswith(MISMATCH) for found in everyone for text in found.damage)),
         failure=current.failure,
         merges=merges,
     )
@@ -149,6 +153,7 @@ def _status(workspace: Workspace, now: float | None) -> Status:
     for stage, progress in zip(plan.stages, made, strict=True):
         if process is None and (finished or progress.plan is not None):
             damage += tuple(recheck.check(progress, stage, stage.layout(), Path(stage.output), "none").notes)
+    changed = None if finished or process is not None else what_changed(workspace, plan)
     copies = () if finished else tuple(f"'{path}' {MISMATCH}" for path in marked_damage(workspace, plan))
     state = _state(process, finished, workspace.begun(), damage + copies)
     data = sum(tensor.output.nbytes for stage in plan.stages for tensor in stage.tensors)
@@ -172,7 +177,8 @@ def _status(workspace: Workspace, now: float | None) -> Status:
         rate=rate,
         left_s=None if not rate else (data - done) / rate,
         damage=damage + copies,
-        remedy=_remedy(state, workspace, mend=bool(copies)),
+        remedy=changed or _remedy(state, workspace, mend=bool(copies)),
+        changed=changed,
         failure=last_failure(workspace.events_file) if state in ("interrupted", "damaged") else None,
         worked_bytes=worked,
         work_bytes=total,

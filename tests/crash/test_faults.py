@@ -9,9 +9,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mergepipe.pipeline.status import status
 from mergepipe.storage.journal import MAGIC, read_journal
 from support.jobs import SMALL, write_model
 
@@ -142,10 +144,25 @@ def test_an_input_is_replaced(victim: Victim, tmp_path: Path) -> None:
     write_model(tmp_path / "expert-1", 7, SMALL)
     end = job.live()
     assert (end["end"], end["code"]) == ("error", 6)
-    assert str(tmp_path / "expert-1" / "model.safetensors") in end["message"]
+    path = str(tmp_path / "expert-1" / "model.safetensors")
+    assert path in end["message"]
+    found = status(job.work)
+    assert found.changed is not None
+    assert path in found.remedy
+    assert "build --force" in found.remedy
+    build: dict[str, Any] = {"action": "build", "recipe": str(tmp_path / "recipe.yaml")}
+    options = {"out": str(job.merged), "chunk_size": "64KiB", "memory": "2GiB"}
+    end = victim(job.work, **build, options=options)
+    assert (end["end"], end["code"]) == ("error", 6)
+    assert path in end["message"]
+    assert "build --force" in end["message"]
+    assert "finish it" not in end["message"], "it can't be finished"
     shutil.rmtree(tmp_path / "expert-2")
     end = job.live()
     assert "build again" in end["message"]
+    write_model(tmp_path / "expert-2", 2, SMALL)
+    assert victim(job.work, **build, options={**options, "force": True})["end"] == "done"
+    assert victim(job.work)["end"] == "done", "the remedy helps"
     job.survived("replaced input", 2)
 
 
