@@ -217,6 +217,7 @@ class Execution:
         record = damage.record()
         self._journal.append([record])
         progress.add(record)
+        outputs.withdraw_index(self.plan)
         for shard in damage.shards:
             (self.folder / self.layout.shards[shard].file).unlink(missing_ok=True)
         for text in damage.notes:

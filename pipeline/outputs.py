@@ -275,6 +275,11 @@ def replace_manifest(plan: Plan, record: Mapping[str, Any]) -> None:
     write_atomic(Path(plan.output) / MANIFEST_NAME, to_json(record))
 
 
+def withdraw_index(plan: Plan) -> None:
+    """Some of the output's files are made again: it is no whole model until then."""
+    (Path(plan.output) / INDEX_NAME).unlink(missing_ok=True)
+
+
 def finished(plan: Plan) -> dict[str, Any] | None:
     """The manifest of the plan's output if that is complete and of this very plan, else None."""
     folder = Path(plan.output)

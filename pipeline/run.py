@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergepipe.errors import WorkspaceError
-from mergepipe.pipeline import changes, devices, outputs, stages
+from mergepipe.errors import DamageError, WorkspaceError
+from mergepipe.pipeline import changes, devices, outputs, recheck, stages
 from mergepipe.pipeline.chain_run import earlier_first
 from mergepipe.pipeline.descriptors import allow_descriptors
 from mergepipe.pipeline.eventlog import EventLog
@@ -35,8 +35,9 @@ from mergepipe.pipeline.resume import (
     Progress,
 )
 from mergepipe.pipeline.schedule import ceiling_of
+from mergepipe.pipeline.verify import verify as verify_output
 from mergepipe.storage.file_errors import explained
-from mergepipe.storage.journal import Journal
+from mergepipe.storage.journal import Journal, read_journal
 from mergepipe.storage.workspace import Workspace, WorkspaceLock
 from mergepipe.tasks.method import State
 
@@ -95,7 +96,7 @@ def run(
     sha256 : bool
         Whether to record the SHA-256 of each shard.
     verify : {'none', 'sample', 'full'}
-        How much of the work of an earlier run is read back and checked before it is believed.
+        How much of the work of an earlier run, or of a finished output, is read back before it is believed.
     restart : bool
         Forget the work of earlier runs.
     on_shard : str, optional
@@ -147,7 +148,7 @@ def run(
         if diagnostics:
             changes.check(plan, ceiling, on_shard)
         complete = None if restart else outputs.finished(plan)
-        if complete is not None:
+        if complete is not None and not _is_damaged(plan, workspace, verify):
             _hand_over_single(plan, workspace, on_shard)
             if diagnostics and not changes.are_in(complete):
                 at = devices.choose(device, complete["device"] if device == "auto" else None, needed=True)
@@ -217,6 +218,28 @@ def _carry_out(
         if number in job.shards.handed:
             entry["handed_over"] = True
     return manifest | (stages.norms(plan, job.squares) if plan.sidecar is None else {})
+
+
+def _is_damaged(plan: Plan, workspace: Workspace, verify: Verify) -> bool:
+    """Whether a finished output has lost some of its files, as far as `verify` looks; they are made again then.
+
+    Raises
+    ------
+    DamageError
+        If it has, and the journal that says how it was made has gone, too.
+    """
+    progress = Progress.replay(read_journal(workspace.journal_file))
+    if progress.plan == plan.id:
+        # A run that was killed while it made some of them again has forgotten that they were complete.
+        whole = progress.sealed.keys() | progress.handed >= set(range(len(plan.groups)))
+        return not whole or bool(recheck.check(progress, plan, plan.layout(), Path(plan.output), verify))
+    if verify != "none" and (found := verify_output(plan.output, full=verify == "full").damage):
+        raise DamageError(
+            "\n".join(
+                [*map(str, found), f"remove '{plan.output}' and run again: that makes the merge from the beginning"]
+            )
+        )
+    return False
 
 
 def _check_version(plan: Plan, workspace: Workspace) -> None:

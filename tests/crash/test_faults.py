@@ -15,7 +15,7 @@ import pytest
 
 from mergepipe.pipeline.status import status
 from mergepipe.storage.journal import MAGIC, read_journal
-from support.jobs import SMALL, write_model
+from support.jobs import SMALL, hashes, write_model
 
 from .conftest import Job, Victim
 from .test_kills import moments
@@ -136,6 +136,44 @@ def test_a_finished_shard_is_damaged(sharded: Job, how: str) -> None:
     assert "made again" in end["message"]
     sharded.finish()
     sharded.survived(f"finished shard {how}")
+
+
+@pytest.mark.parametrize("how", ["gone", "short", "flipped"])
+def test_a_finished_output_is_damaged(small: Job, how: str) -> None:
+    """Running again makes the damaged file anew, killed on the way or not; what is whole stays as it is."""
+    assert small.live()["end"] == "done"
+    path, *others = sorted(small.merged.glob("*.safetensors"))
+    before = [other.stat().st_ino for other in others]
+    for at in (0, 8, small.calls // 4, small.calls // 2):
+        if how == "gone":
+            path.unlink()
+        elif how == "short":
+            os.truncate(path, path.stat().st_size - 1)
+        else:
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 4
+            path.write_bytes(data)
+        small.victim(small.work, "kill", at, options={"verify": "full"})
+        end = small.live(options={"verify": "full"})
+        assert end["end"] == "done", end
+        assert hashes(small.merged) == small.expected
+        assert [other.stat().st_ino for other in others] == before
+        assert "nothing to do" in small.live(options={"verify": "full"})["message"]
+    small.survived(f"finished output {how}", 4)
+
+
+def test_a_finished_output_is_damaged_and_nothing_tells_how_it_was_made(sharded: Job) -> None:
+    sharded.reset()
+    assert sharded.live()["end"] == "done"
+    [path, *_] = sharded.merged.glob("*.safetensors")
+    path.unlink()
+    (sharded.work / "journal.log").unlink()
+    end = sharded.victim(sharded.work)
+    assert (end["end"], end["code"]) == ("error", 7), end
+    assert f"remove '{sharded.merged}' and run again" in end["message"]
+    shutil.rmtree(sharded.merged)
+    sharded.finish()
+    sharded.survived("finished output gone")
 
 
 def test_an_input_is_replaced(victim: Victim, tmp_path: Path) -> None:
