@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import io
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ COUNTED = ("pwrite", "fdatasync", "fsync", "replace", "rename", "ftruncate", "po
 KINDS = ("none", "kill", "torn", "power", "hang", "enospc", "lost sync")
 
 real = {name: getattr(os, name) for name in (*COUNTED, "open")}
+real_open = builtins.open
 
 
 class Unsynced:
@@ -37,10 +39,14 @@ class Unsynced:
         """Remember what the range holds now."""
         status = os.fstat(fd)
         path = os.readlink(f"/proc/self/fd/{fd}")
-        with builtins.open(path, "rb") as file:  # a descriptor past the page cache reads whole pages only
+        with real_open(path, "rb") as file:  # a descriptor past the page cache reads whole pages only
             file.seek(offset)
             old = file.read(length)
         self.writes[status.st_ino].append((path, offset, old.ljust(length, b"\0"), status.st_size))
+
+    def written_whole(self, path: str) -> None:
+        """A file is written from its start through Python's own `open`: without a sync nothing of it is sure."""
+        self.writes[os.stat(path).st_ino].append((path, 0, b"", 0))
 
     def synced(self, inode: int, seen: int) -> None:
         """The first `seen` writes of a file are durable."""
@@ -53,6 +59,9 @@ class Unsynced:
     def renamed(self, source: str, target: str) -> None:
         """Remember how to take a rename back."""
         old = Path(target).read_bytes() if os.path.exists(target) else None
+        inode = os.stat(source).st_ino
+        if inode in self.writes:
+            self.writes[inode] = [(target, *rest) for _, *rest in self.writes[inode]]
 
         def undo() -> None:
             real["rename"](target, source)
@@ -72,7 +81,7 @@ class Unsynced:
                 continue
             for path, offset, old, _ in reversed(writes):
                 if rng.random() < share and os.path.exists(path):
-                    with builtins.open(path, "r+b") as file:
+                    with real_open(path, "r+b") as file:
                         file.seek(offset)
                         file.write(old)
             if writes and rng.random() < 0.5 and os.path.exists(writes[0][0]):
@@ -115,6 +124,7 @@ class Faults:
         for name in COUNTED:
             setattr(os, name, self._counted(name))
         os.open = self._open
+        builtins.open = io.open = self._open_whole
 
     def _counted(self, name: str) -> Callable[..., Any]:
         call = real[name]
@@ -140,6 +150,13 @@ class Faults:
             with self.lock:
                 self.unsynced.created(os.path.abspath(path))
         return int(real["open"](path, flags, *args, **options))
+
+    def _open_whole(self, file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        opened = real_open(file, mode, *args, **options)
+        if self.kind in ("power", "lost sync") and "w" in mode and not isinstance(file, int):
+            with self.lock:
+                self.unsynced.written_whole(os.path.abspath(file))
+        return opened
 
     def _before(self, name: str, args: tuple[Any, ...]) -> int:
         if self.kind not in ("power", "lost sync"):

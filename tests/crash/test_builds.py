@@ -49,6 +49,23 @@ def test_build_dies(victim: Victim, scratch: Path, kind: str, store: str, count:
     TALLY[f"{kind} in build"] += kills
 
 
+def test_a_small_file_is_the_old_one_or_the_new_one(victim: Victim, scratch: Path) -> None:
+    """Plans, manifests and indexes: whenever the power goes, and whatever was not synced is gone."""
+    folder = scratch / "small-file"
+    folder.mkdir()
+    path, old, new = folder / "plan.json", "old" * 1000, "new" * 2000
+    write: dict[str, Any] = {"action": "write", "file": str(path), "data": new}
+    path.write_text(old)
+    calls, deaths = int(victim(folder, **write)["calls"]), 0
+    for at in range(1, calls + 1):
+        for seed in range(10):
+            path.write_text(old)
+            deaths += victim(folder, "power", at, seed=seed, **write)["end"] == "killed"
+            assert path.read_text() in (old, new)
+    assert deaths == calls * 10
+    TALLY["power"] += deaths
+
+
 def test_a_copy_goes_on_chunk_by_chunk(victim: Victim, scratch: Path) -> None:
     """What was copied is not copied again."""
     folder = scratch / "copy"

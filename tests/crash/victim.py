@@ -24,6 +24,7 @@ from faults import KINDS, Faults
 import mergepipe
 from mergepipe.errors import MergepipeError
 from mergepipe.pipeline.commits import Committer
+from mergepipe.storage.atomic import write_atomic
 from mergepipe.tasks.nodes import TensorWork
 from support.jobs import build_job, write_job
 
@@ -40,7 +41,9 @@ def live(task: dict[str, Any]) -> dict[str, Any]:
         threading.Thread(target=kill_after, args=(task["seconds"],), daemon=True).start()
     notes: list[str] = []
     try:
-        if task["action"] == "build":
+        if task["action"] == "write":
+            write_atomic(task["file"], task["data"].encode())
+        elif task["action"] == "build":
             mergepipe.build(task["recipe"], work=task["work"], **task["options"])
         else:
             mergepipe.run(task["work"], on_event=lambda event: notes.append(str(event)), **task["options"])
