@@ -211,7 +211,7 @@ class Execution:
 
     def _redo_damaged(self, progress: Progress, verify: Verify) -> None:
         """Forget what can't be believed: first in the journal, then on disk, so that a name never stands for damage."""
-        damage = recheck.check(progress, self.plan, self.layout, self.folder, verify)
+        damage = recheck.check(progress, self.plan, self.layout, self.folder, verify, self._drivers.check_stop)
         if not damage:
             return
         record = damage.record()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -39,6 +40,7 @@ def check(
     layout: OutputLayout,
     folder: Path,
     mode: Literal["none", "sample", "full"],
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Damage:
     """Compare what lies on disk with what the journal says.
 
@@ -52,6 +54,8 @@ def check(
     folder : Path
         The output folder.
     mode : {'none', 'sample', 'full'}
+    check_stop : callable
+        Called before each file and each unit that is looked at; may raise, as this changes nothing.
 
     Returns
     -------
@@ -61,6 +65,7 @@ def check(
     damage = Damage()
     numbers = {tensor.name: number for number, tensor in enumerate(plan.tensors)}
     for number, shard in enumerate(layout.shards):
+        check_stop()
         members = [numbers[tensor.name] for tensor in shard.tensors]
         if number in progress.handed:
             continue
@@ -76,7 +81,7 @@ def check(
             damage.tensors.update(written)
             damage.notes.append(f"'{part.name}' is gone: its {len(written)} tensors have to be made again")
             continue
-        for member in _damaged_tensors(progress, written, shard, plan, part, mode):
+        for member in _damaged_tensors(progress, written, shard, plan, part, mode, check_stop):
             damage.tensors.add(member)
             damage.notes.append(f"'{plan.tensors[member].name}' in '{part.name}' is damaged: it has to be made again")
     return damage
@@ -96,7 +101,13 @@ def _sealed_intact(progress: Progress, number: int, shard: ShardLayout, folder: 
 
 
 def _damaged_tensors(
-    progress: Progress, members: list[int], shard: ShardLayout, plan: Plan, part: Path, mode: str
+    progress: Progress,
+    members: list[int],
+    shard: ShardLayout,
+    plan: Plan,
+    part: Path,
+    mode: str,
+    check_stop: Callable[[], None],
 ) -> list[int]:
     if mode == "none":
         return []
@@ -104,6 +115,7 @@ def _damaged_tensors(
     units = [(member, unit) for member in members for unit in progress.written[member]]
     bad = []
     for member, unit in units if mode == "full" else _sample(units):
+        check_stop()
         start = places[plan.tensors[member].name] + unit.start
         if member not in bad and crc32c_of_range(part, start, unit.stop - unit.start) != unit.crc32c:
             bad.append(member)

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+import mergepipe
+from mergepipe.errors import Interrupted
 from mergepipe.pipeline.status import status
 from mergepipe.storage.journal import MAGIC, read_journal
 from support.jobs import SMALL, hashes, write_model
@@ -112,6 +115,20 @@ def test_written_bytes_are_damaged(small: Job) -> None:
         assert "made again" in end["message"]
         small.finish()
         small.survived("damaged unfinished shard")
+
+
+def test_looking_at_finished_work_can_be_stopped(small: Job) -> None:
+    half_done(small)
+    part = max(small.merged.glob("*.part"), key=lambda path: path.stat().st_size)
+    part.write_bytes(bytes(part.stat().st_size))  # what it would find, if it looked
+    before = read_journal(small.work / "journal.log")
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted):
+        mergepipe.run(small.work, verify="full", stop=stop)
+    assert [record["type"] for record in read_journal(small.work / "journal.log")[len(before) :]] == ["begin"]
+    assert small.live(options={"verify": "full"})["end"] == "done"
+    small.finish()
 
 
 @pytest.mark.parametrize("how", ["gone", "short", "damaged"])
