@@ -35,8 +35,7 @@ def set_up_log(ctx: click.Context, param: click.Parameter, count: int) -> None:
         handler = StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
-        log.setLevel(logging.WARNING)
-    if count:
+    if count or ctx.parent is None:  # an earlier command of this process may have asked for more
         log.setLevel(LEVELS.get(count, logging.DEBUG))
 
 

@@ -21,7 +21,7 @@ from mergepipe import errors
 from mergepipe.pipeline.events import Event, Note, ShardSealed
 from mergepipe.pipeline.materialize import materialize
 from mergepipe.pipeline.plan import Plan
-from mergepipe.pipeline.space import Need
+from mergepipe.pipeline.space import Need, beside_bytes
 from mergepipe.pipeline.status import status
 from mergepipe.pipeline.summary import summarize, tensor_rows
 
@@ -299,14 +299,15 @@ def test_several_bad_checkpoints_are_told_together(models: Path) -> None:
 def test_a_disk_too_small_for_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, name in enumerate(("base", "a", "b")):
         write_model(tmp_path / name, seed, shards=5)
-    sizes = sorted(shard.size for shard in mergepipe.build(recipe(tmp_path), work=tmp_path / "w0").layout().shards)
+    plan = mergepipe.build(recipe(tmp_path), work=tmp_path / "w0")
+    sizes = sorted(shard.size for shard in plan.layout().shards)
     free = 0
     usage = shutil._ntuple_diskusage  # type: ignore[attr-defined]
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12 - free, free))
     with pytest.raises(errors.DiskFullError, match=r"needs [\d,]+ bytes, 0 are free"):
         mergepipe.build(recipe(tmp_path), work=tmp_path / "w1", out=tmp_path / "merged")
     monkeypatch.setattr("mergepipe.pipeline.build.statistics_need", lambda *_: Need(tmp_path, 0, "the statistics"))
-    free = sum(sizes[-3:])
+    free = sum(sizes[-3:]) + beside_bytes(plan)
     notes: list[Event] = []
     mergepipe.build(recipe(tmp_path), work=tmp_path / "w1", out=tmp_path / "merged", on_event=notes.append)
     assert any(isinstance(note, Note) and "--on-shard" in note.text for note in notes)
