@@ -7,6 +7,7 @@ of the tensors, in row order, are the attribute `tensors` of the group.
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,9 @@ class StatisticsStore:
 
         attributes: dict[str, Any] = {"tensors": list(tensors)}
         kept = _whole_group(path) if resume else None
-        self._group = kept or zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+        if kept is None:  # said so, because asking whether it is empty lists it
+            kept = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
+        self._group = kept
         self.ballast: Ballast | None = None
         self._path = path
         self._rows = len(tensors)
@@ -101,7 +104,12 @@ def _whole_group(path: Path) -> Any:
 
     try:
         group = zarr.open_group(path, mode="r+", zarr_format=3)
-        dict(group.arrays())
+        # One by one: asked for all of them, zarr warns of what a killed write has left beside them.
+        for child in path.iterdir():
+            if child.is_dir() and not (child / "zarr.json").exists():
+                shutil.rmtree(child)  # an array that had only been begun: nothing is in it
+            elif child.is_dir():
+                group[child.name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return group

@@ -38,3 +38,23 @@ def test_a_new_run_starts_with_empty_statistics(tmp_path: Path) -> None:
     StatisticsStore(tmp_path / "statistics", ["a"]).put(0, {"histogram": np.ones((1, 32768), np.int64)})
     StatisticsStore(tmp_path / "statistics", ["a"])
     assert "histogram" not in zarr.open_group(tmp_path / "statistics", mode="r")
+
+
+def test_what_a_killed_write_leaves_takes_nothing_along(tmp_path: Path) -> None:
+    histogram = np.full((1, 32768), 7, np.int64)
+    StatisticsStore(tmp_path / "statistics", ["a", "b"]).put(0, {"histogram": histogram})
+    (tmp_path / "statistics" / "densities").mkdir()
+    (tmp_path / "statistics" / "zarr.0.partial").write_text("{")
+    store = StatisticsStore(tmp_path / "statistics", ["a", "b"], resume=True)
+    store.put(1, {"histogram": histogram + 1, "densities": np.array([0.5], np.float32)})
+    store.flush()
+    group = zarr.open_group(tmp_path / "statistics", mode="r")
+    assert (group["histogram"][0] == 7).all()
+    assert group["densities"][1] == 0.5
+
+
+def test_statistics_that_a_power_cut_tore_begin_anew(tmp_path: Path) -> None:
+    StatisticsStore(tmp_path / "statistics", ["a"]).put(0, {"histogram": np.ones((1, 32768), np.int64)})
+    (tmp_path / "statistics" / "histogram" / "zarr.json").write_text("{")
+    StatisticsStore(tmp_path / "statistics", ["a"], resume=True)
+    assert "histogram" not in zarr.open_group(tmp_path / "statistics", mode="r")
