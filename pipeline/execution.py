@@ -52,6 +52,7 @@ from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.side_heads import SideHeads
 from mergepipe.pipeline.space import statistics_need
 from mergepipe.pipeline.vocabulary_rows import gathered_manifests
+from mergepipe.storage.atomic import make_folder
 from mergepipe.storage.ballast import Ballast
 from mergepipe.storage.journal import Journal, read_journal
 from mergepipe.storage.manifest import ChunkManifest
@@ -185,7 +186,7 @@ class Execution:
         ours = outputs.work_names(self.plan) if began or torn else outputs.first_names(self.plan)
         outputs.check_folder(self.folder, stages.folders_read(self.plan), ours)
         outputs.sweep(self.plan)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         names = [tensor.name for tensor in self.plan.tensors]
         self._statistics = StatisticsStore(self.workspace.statistics, names, resume=began)
         self.findings = Findings(names, self._statistics, self._where)

@@ -47,6 +47,18 @@ def fsync_path(path: str | Path) -> None:
         os.close(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that lack, each durable in the one that it lies in.
+
+    One that is there may have been made by a process that died before it was durable.
+    """
+    lacking = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(lacking or [folder]):
+        with suppress(PermissionError):  # a folder of others, whose entries may not be read
+            fsync_path(path.parent)
+
+
 def temporary_of(name: str) -> str | None:
     """The file that a temporary sibling called `name` was to become; None if it is no such sibling.
 

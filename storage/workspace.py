@@ -32,7 +32,7 @@ from types import TracebackType
 from typing import Self
 
 from mergepipe.errors import WorkspaceError
-from mergepipe.storage.atomic import fsync_path, write_atomic
+from mergepipe.storage.atomic import fsync_path, make_folder, write_atomic
 from mergepipe.storage.journal import MAGIC
 
 DAMAGED_NAME = "damaged"
@@ -193,8 +193,7 @@ class Workspace:
             raise WorkspaceError(
                 f"'{self.root}' is not empty and no workspace of mergepipe: choose another with --work"
             )
-        self.root.mkdir(parents=True, exist_ok=True)
-        fsync_path(self.root.parent)
+        make_folder(self.root)
 
     def is_ours(self) -> bool:
         """Whether the folder is a workspace."""
@@ -283,6 +282,8 @@ class Workspace:
 class WorkspaceLock:
     """Keeps a second process out of a workspace. The kernel drops it with the process, however that ends.
 
+    The folder is locked beside the file, which somebody may remove; where folders can't be (NFS), the file alone is.
+
     Raises
     ------
     WorkspaceError
@@ -291,13 +292,14 @@ class WorkspaceLock:
 
     def __init__(self, workspace: Workspace) -> None:
         self._path = workspace.lock_file
-        self._fd = -1
+        self._fd = self._folder = -1
 
     def __enter__(self) -> Self:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if not self._taken():
             holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._fd)
+            self._close()
             raise WorkspaceError(
                 f"'{self._path.parent}' is in use by process {holder}: wait for it, or use another --work"
             )
@@ -310,11 +312,24 @@ class WorkspaceLock:
         for _ in range(5):
             with contextlib.suppress(OSError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
+                return self._is_folder_taken()
             time.sleep(0.02)
         return False
+
+    def _is_folder_taken(self) -> bool:
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def _close(self) -> None:
+        os.close(self._folder)
+        os.close(self._fd)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._fd)
+        self._close()

@@ -76,11 +76,16 @@ def test_dies_in_the_middle_of_a_chain_over_a_union(scratch: Path, victim: Victi
     whole = victim(work)
     assert whole["end"] == "done", whole
     expected = hashes(folder / "merged")
+    killed = 0
     for at in moments(int(whole["calls"]), 4):
         shutil.rmtree(work)
         shutil.rmtree(folder / "merged")
         build(folder)
-        ends = [victim(work, "kill", at), victim(work)]
-        assert [end["end"] for end in ends] == ["killed", "done"], ends
+        ends = [victim(work, "kill", at)]
+        if ends[0]["end"] == "killed":  # how many calls there are depends a little on how the threads run
+            ends.append(victim(work))
+            killed += 1
+        assert ends[-1]["end"] == "done", ends
         assert hashes(folder / "merged") == expected
-        TALLY["kill"] += 1
+    assert killed >= 3
+    TALLY["kill"] += killed

@@ -56,6 +56,20 @@ def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:
     assert workspace.holder() is None
 
 
+def test_a_lock_file_that_is_removed_lets_nobody_in(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        workspace.lock_file.unlink()
+        with pytest.raises(WorkspaceError, match="in use"), WorkspaceLock(workspace):
+            pass
+        holder.kill()
+    with WorkspaceLock(workspace):
+        assert workspace.lock_file.exists()
+
+
 def test_begun(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert not workspace.begun()
