@@ -57,8 +57,13 @@ def test_a_worker_raises(small: Job) -> None:
 
 
 def half_done(job: Job) -> None:
-    """Leave the job killed in the middle of its work."""
-    assert job.live("kill", job.calls * 2 // 3)["end"] == "killed"
+    """Leave the job killed in the middle of its work, with something of it recorded."""
+    for at in range(job.calls * 2 // 3, job.calls):  # how many calls that takes is up to the threads, a little
+        killed = job.live("kill", at)["end"] == "killed"
+        if killed and any(record["type"] == "units" for record in read_journal(job.work / "journal.log")):
+            return
+        job.reset()
+    pytest.fail("no kill left anything recorded")
 
 
 @pytest.mark.parametrize("count", [FEW, pytest.param(60, marks=pytest.mark.slow)])
@@ -103,13 +108,11 @@ def test_written_bytes_are_damaged(small: Job) -> None:
     rng = random.Random(3)
     for _ in range(FEW):
         half_done(small)
-        units = [(r["units"], r) for r in read_journal(small.work / "journal.log") if r["type"] == "units"]
-        assert units, "nothing was committed"
-        part = max(small.merged.glob("*.part"), key=lambda path: path.stat().st_size)
-        data = bytearray(part.read_bytes())
-        for at in range(4096, len(data), 512):
-            data[at] ^= 1 << rng.randrange(8)
-        part.write_bytes(data)
+        for part in small.merged.glob("*.part"):  # which of them holds what is recorded is up to the threads
+            data = bytearray(part.read_bytes())
+            start = 8 + int.from_bytes(data[:8], "little")
+            data[start:] = bytes(byte ^ 1 << rng.randrange(8) for byte in data[start:])
+            part.write_bytes(data)
         end = small.live(options={"verify": "full"})
         assert end["end"] == "done", end
         assert "made again" in end["message"]
