@@ -21,11 +21,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
-
-from dask.task_spec import List, Task, TaskRef
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from mergepipe.tasks.method import Reduction
+
+if TYPE_CHECKING:  # to plan, nodes are counted: Dask, which takes a tenth of a second to import, makes them in a run
+    from dask.task_spec import Task
 
 MAX_TASKS = 5_000
 """Nodes of one bundle at most, unless a single tensor has more."""
@@ -57,7 +58,7 @@ class Work(Protocol):
         """Compute one unit."""
 
 
-Graph = dict[Hashable, Task]
+Graph: TypeAlias = "dict[Hashable, Task]"
 
 
 def tensor_graph(name: str, work: Work, done: Callable[..., None]) -> Graph:
@@ -74,6 +75,8 @@ def tensor_graph(name: str, work: Work, done: Callable[..., None]) -> Graph:
     ('apply', 'w', 1) []
     ('done', 'w') [('apply', 'w', 0), ('apply', 'w', 1)]
     """
+    from dask.task_spec import List, Task, TaskRef
+
     graph: Graph = {}
     before: tuple[Any, ...] = ()
     for sweep in range(len(work.sweeps)):

@@ -22,7 +22,7 @@ from mergepipe.pipeline.measure import Meter
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.records import MANIFEST_NAME, read_record
 from mergepipe.pipeline.side_files import to_json
-from mergepipe.storage import copied
+from mergepipe.storage import ballast
 from mergepipe.storage.atomic import temporary_of, write_atomic
 from mergepipe.storage.digest import GRAIN_BYTES
 from mergepipe.storage.layout import INDEX_NAME
@@ -109,7 +109,7 @@ def sweep(plan: Plan) -> None:
 
 def held_bytes(plan: Plan) -> int:
     """Bytes of disk that the unfinished files of this plan hold already."""
-    total = sum(copied.held_bytes(Path(plan.output) / name) for name in (HEADS_FOLDER, TASKS_FOLDER))
+    total = sum(ballast.held_bytes(Path(plan.output) / name) for name in (HEADS_FOLDER, TASKS_FOLDER))
     for shard in plan.layout().shards:
         for end in ("", ".part"):
             with contextlib.suppress(OSError):

@@ -19,7 +19,7 @@ from mergepipe.pipeline.kinds import kind_of
 from mergepipe.pipeline.masks import kept_base_bytes, mask_bytes
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.rounds import sweeps_ahead
-from mergepipe.storage.copied import held_bytes
+from mergepipe.storage.ballast import held_bytes
 from mergepipe.storage.workspace import Workspace
 from mergepipe.tasks.method import Reduction
 from mergepipe.tasks.registry import method as find_method

@@ -17,7 +17,6 @@ from mergepipe.pipeline.vocabulary import Vocabulary
 from mergepipe.pipeline.vocabulary_rows import write_rows
 from mergepipe.storage.atomic import write_atomic
 from mergepipe.storage.checkpoint import Checkpoint
-from mergepipe.storage.copied import copy_store
 from mergepipe.storage.kerchunk import REFERENCES, write_references
 from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
 from mergepipe.storage.workspace import Workspace
@@ -129,6 +128,8 @@ def _make_store(
 ) -> ChunkManifest:
     if model.store == "virtual":
         return virtual_manifest(stored_of(checkpoint), chunk_bytes)
+    from mergepipe.storage.copied import copy_store  # and with it zarr, which nothing else here needs
+
     return copy_store(
         stored_of(checkpoint),
         folder / "zarr",

@@ -75,3 +75,10 @@ class Ballast:
             self._path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = -1
+
+
+def held_bytes(folder: Path) -> int:
+    """Bytes of disk that the files in a folder take up; 0 if there is no such folder."""
+    return sum(
+        os.lstat(os.path.join(path, name)).st_blocks * 512 for path, _, names in os.walk(folder) for name in names
+    )

@@ -24,14 +24,14 @@ from zarr.storage import LocalStore, WrapperStore
 from mergepipe.errors import DiskFullError, OutputExistsError
 from mergepipe.storage import zdtype
 from mergepipe.storage.atomic import fsync_path, no_room_errors, temporary_of, write_atomic
-from mergepipe.storage.ballast import Ballast
+from mergepipe.storage.ballast import Ballast, held_bytes
 from mergepipe.storage.checked import CHECKSUM_BYTES, is_whole_file
 from mergepipe.storage.checkpoint import Checkpoint, FileInfo, file_info
 from mergepipe.storage.chunks import DEFAULT_CHUNK_BYTES, grid_shape
 from mergepipe.storage.dtypes import DTYPES
+from mergepipe.storage.hierarchy import chunk_bytes, chunk_keys, hierarchy_documents
 from mergepipe.storage.manifest import ChunkManifest, ManifestArray, virtual_manifest
 from mergepipe.storage.readers import MmapReader, Reader
-from mergepipe.storage.virtual import chunk_bytes, chunk_keys, hierarchy_documents
 
 BALLAST_NAME = "ballast.partial"
 """Disk space set aside for chunks that are still to be copied. Files with this ending are no part of a store."""
@@ -142,13 +142,6 @@ def copy_store(
                 shutil.rmtree(part)
         raise
     return _manifest_of_copy(source, folder)
-
-
-def held_bytes(folder: Path) -> int:
-    """Bytes of disk that the files in a folder take up; 0 if there is no such folder."""
-    return sum(
-        os.lstat(os.path.join(path, name)).st_blocks * 512 for path, _, names in os.walk(folder) for name in names
-    )
 
 
 def _is_whole(chunk: Path, nbytes: int) -> bool:

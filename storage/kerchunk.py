@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mergepipe.storage.hierarchy import chunk_bytes, chunk_keys, hierarchy_documents
 from mergepipe.storage.manifest import ChunkManifest, ManifestArray, Segment
 from mergepipe.storage.readers import Descriptors
-from mergepipe.storage.virtual import chunk_bytes, chunk_keys, hierarchy_documents
 
 REFERENCES = "kerchunk.json"
 """Name of the file in the folder of a store."""

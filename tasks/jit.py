@@ -3,23 +3,54 @@
 `parallel=True` is never used: in a worker thread numba's thread layer aborts the process, and our own threads are as
 fast. `fastmath` is never used: the order of additions is part of the result. `error_model="numpy"` drops the test for a
 division by zero, which keeps loops from vectorising; kernels test where they divide.
+
+numba takes a third of a second to import, so it is imported with the first kernel that is called: to make a plan, none
+is, and in a run the first reads are under way by then.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import update_wrapper
 from typing import Any, TypeVar, cast
-
-import numba
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class _Kernel:
+    """What stands for a kernel; whatever numba asks of it when another kernel calls it, numba's own object answers."""
+
+    _making = threading.RLock()
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        self._function = function
+        self._options = options
+        self._dispatcher: Any = None
+        update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self._dispatcher or self._made())(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._made(), name)
+
+    def _made(self) -> Any:
+        import numba
+
+        with self._making:
+            if self._dispatcher is None:
+                self._dispatcher = numba.njit(nogil=True, error_model="numpy", **self._options)(self._function)
+        return self._dispatcher
+
+
 def kernel(function: F) -> F:
     """Compile a plain loop over arrays on first use; the type checker keeps seeing the function itself."""
-    return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    return cast(F, _Kernel(function, {"cache": True}))
 
 
 def inlined(function: F) -> F:
     """As :func:`kernel`, for a small function that is only called from kernels."""
-    return cast(F, numba.njit(nogil=True, error_model="numpy", inline="always")(function))
+    return cast(F, _Kernel(function, {"inline": "always"}))

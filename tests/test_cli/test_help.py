@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from mergepipe.cli.main import COMMANDS, group
 from mergepipe.pipeline.recipe import parse_recipe
 from mergepipe.tasks.registry import METHODS
+from support.jobs import write_job
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "numba", "dask", "zarr", "numpy", "transformers", "rich", "pydantic")
@@ -100,3 +101,19 @@ def test_importing_the_package_loads_no_large_library() -> None:
     code = f"import sys, mergepipe; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_build_and_run_load_what_they_need(tmp_path: Path) -> None:
+    """Nothing is compiled, no graph is made and no chunk copied to plan."""
+    write_job(tmp_path)
+    code = (
+        "import sys; from mergepipe.cli.main import main; code = main(sys.argv[1:]); "
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    loaded = {}
+    for command_line in (("build", "recipe.yaml"), ("run", "--quiet")):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *command_line], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        loaded[command_line[0]] = result.stderr.splitlines()[-1]
+    assert loaded == {"build": "['numpy', 'pydantic']", "run": "['dask', 'numba', 'numpy', 'pydantic', 'zarr']"}

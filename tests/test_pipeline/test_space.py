@@ -21,7 +21,7 @@ from mergepipe.pipeline.events import Event, RunStarted
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.space import Need, check_room, mask_bytes, output_need, statistics_need
 from mergepipe.pipeline.summary import summarize
-from mergepipe.storage.copied import held_bytes
+from mergepipe.storage.ballast import held_bytes
 from mergepipe.storage.workspace import Workspace
 from support.jobs import build_job, write_job
 
