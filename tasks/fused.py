@@ -176,7 +176,7 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     Returns
     -------
     bool
-        As :func:`count_top`.
+        False if a stored value, or a delta, is not finite; `counts` are of no use then.
     """
     # Eight marks are looked at as one word, and most words are zero. Marks behind the end stay so.
     marks = np.zeros(STRIP, np.uint8)
@@ -199,7 +199,7 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
                         counts[k, r, FINE_BINS] += lower
                     size = _gather(marks, words, found)
                     _count_found(below, row, found[:size], low, shifts[k, r], counts[k, r])
-    return bool(worst < 0x7F80)
+    return bool(worst < 0x7F800000)
 
 
 @inlined
@@ -211,14 +211,16 @@ def _key(base: Any, bits: Any) -> Any:
 
 @kernel
 def _mark(base: Array, row: Array, low: Any, width: Any, marks: Array) -> Any:
-    """Mark the deltas inside a window; the largest magnitude that is stored, and how many deltas lie below it."""
+    """Mark the deltas inside a window; the largest magnitude of a delta, and how many deltas lie below the window."""
     worst, below = np.int32(0), np.int32(0)
     for i in range(base.size):
-        stored, own = np.int32(base[i]), np.int32(row[i])
-        worst = max(worst, max(np.int32(stored & 0x7FFF), np.int32(own & 0x7FFF)))
-        place = np.int32(_key(stored, own) - low)
-        below += np.int32(place < 0)
-        marks[i] = np.uint8((place >= 0) & (place < width))
+        key = _key(np.int32(base[i]), np.int32(row[i]))
+        worst = max(worst, key)
+        place = np.int32(key - low)
+        # The sum of two of 32 bits has 64, unless it is told otherwise, and halves the elements per instruction.
+        below = np.int32(below - (place >> 31))
+        # What lies below is large without its sign.
+        marks[i] = np.uint8(np.uint32(place) < np.uint32(width))
     return worst, below
 
 

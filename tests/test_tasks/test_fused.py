@@ -205,3 +205,11 @@ def test_what_does_not_fit_is_not_done() -> None:
     assert not fused.agree_in_strips(base, (large, large), strips, ones, zeros, ones, False, 1.0, out)
     assert not fused.add_in_strips(base, (large, large), strips, ones, zeros, ones, 1.0, 1.0, out)
     assert fused.weigh((large, large), (0.5, 0.5), 1.0, out)
+
+
+def test_deltas_that_overflow_are_for_the_general_way() -> None:
+    large = np.full(3000, 0x7F7F, np.uint16)  # the largest finite bfloat16
+    counts = np.zeros((1, 1, fused.FINE_BINS + 1), np.int64)
+    low, shift = np.full((1, 1), 1000), np.zeros((1, 1), np.int64)
+    assert fused.count_near(large, (large,), low, shift, counts)
+    assert not fused.count_near(large, (large ^ 0x8000,), low, shift, counts)
