@@ -31,7 +31,8 @@ from mergepipe.pipeline.plan import Plan, PlannedModel, PlannedTensor, Source, p
 from mergepipe.pipeline.planning import labels_of, plan_tensors
 from mergepipe.pipeline.recipe import ModelSpec, Recipe, parse_recipe
 from mergepipe.pipeline.references import parse_reference
-from mergepipe.pipeline.space import check_room, copies_need, output_need, statistics_need
+from mergepipe.pipeline.schedule import ceiling_of
+from mergepipe.pipeline.space import check_room, copies_need, journal_need, output_need
 from mergepipe.pipeline.stores import write_workspace
 from mergepipe.pipeline.verify import verify as verify_output
 from mergepipe.storage.checkpoint import fingerprint, open_checkpoint
@@ -104,7 +105,8 @@ def add_model(
     allowed = parse_bytes(memory) if memory is not None else old.allowed
     plan = settle_memory(stages.with_allowed(plan, allowed), checkpoints, allowed, workers)
     outputs.check_folder(Path(plan.output), stages.folders_read(plan))
-    check_room([output_need(plan), copies_need(plan, workspace), statistics_need(plan, workspace)])
+    journal = journal_need(plan, workspace, ceiling_of(plan, None, workers))
+    check_room([output_need(plan), copies_need(plan, workspace), journal])
     with WorkspaceLock(workspace):
         if Plan.from_json(workspace.read_plan()).id != old.id:
             raise WorkspaceError(f"another process has put another plan into '{workspace.root}': look at it first")

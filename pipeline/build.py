@@ -42,8 +42,8 @@ from mergepipe.pipeline.parsing import NOT_MERGED
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.planning import make_plan
 from mergepipe.pipeline.recipe import Recipe
-from mergepipe.pipeline.schedule import schedule
-from mergepipe.pipeline.space import Need, check_room, copies_need, output_need, statistics_need
+from mergepipe.pipeline.schedule import ceiling_of, schedule
+from mergepipe.pipeline.space import Need, check_room, copies_need, journal_need, output_need
 from mergepipe.pipeline.stores import write_workspace
 from mergepipe.pipeline.vocabulary import Vocabulary, merge_vocabularies, refuse_adjusted
 from mergepipe.pipeline.vocabulary_rows import planned_vocabulary
@@ -212,7 +212,7 @@ def examine(order: Order, faults: Faults, announce: Announcer, find: Find = find
             return examined
         examined.abandoned = [_check_way(found, order.force, faults) for found in examined.planned]
         with faults.taken():
-            _check_disks(examined.planned, announce)
+            _check_disks(examined.planned, options.workers, announce)
         with faults.taken():
             check_descriptors([found.plan for found in examined.planned])
         with faults.taken():
@@ -382,11 +382,13 @@ def _check_way(found: Planned, force: bool, faults: Faults) -> Plan | None:
     return abandoned
 
 
-def _check_disks(planned: Sequence[Planned], announce: Announcer) -> None:
+def _check_disks(planned: Sequence[Planned], workers: int | None, announce: Announcer) -> None:
     """Room for everything; or, of a result of several files, for those that are open at once, to be handed over."""
     needs = [copies_need(found.plan, found.merge.workspace) for found in planned]
     waiting = [found for found in planned if outputs.finished(found.plan) is None]
-    needs += [statistics_need(found.plan, found.merge.workspace) for found in waiting]
+    needs += [
+        journal_need(found.plan, found.merge.workspace, ceiling_of(found.plan, None, workers)) for found in waiting
+    ]
     needs += [
         Need(found.merge.workspace.root, found.plan.vocabulary.made_bytes, "what is made of rows that models lack")
         for found in planned

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mergepipe.storage.statistics import StatisticsStore
-from mergepipe.tasks.method import STATISTICS_ONLY, Array, State
+from mergepipe.tasks.method import Array, State, lasting
 from mergepipe.tasks.subspace.report import readable
 
 PER_MODEL = ("densities", "kept_norms", "row_kl")
@@ -93,8 +93,8 @@ class Findings:
         self._records: dict[str, dict[str, Any]] = {}
 
     def keep(self, number: int, state: State) -> None:
-        """Take in the state of a tensor that is settled; its histograms are statistics already."""
-        self._statistics.put(number, {name: value for name, value in state.items() if name not in STATISTICS_ONLY})
+        """Take in the state of a tensor that is settled."""
+        self._statistics.put(number, lasting(state))
         found = record(state, self._where(number))
         if found:
             with self._lock:

@@ -50,7 +50,7 @@ from mergepipe.pipeline.rounds import RoundId, SharedStates, groups
 from mergepipe.pipeline.schedule import ScheduledTensor, held_for_matrices, is_resident
 from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.side_heads import SideHeads
-from mergepipe.pipeline.space import statistics_need
+from mergepipe.pipeline.space import journal_room
 from mergepipe.pipeline.vocabulary_rows import gathered_manifests
 from mergepipe.storage.atomic import make_folder
 from mergepipe.storage.ballast import Ballast
@@ -60,7 +60,7 @@ from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace
 from mergepipe.storage.writer import SealedShard
-from mergepipe.tasks.method import Job, MergeMethod, State
+from mergepipe.tasks.method import Job, MergeMethod, State, lasting
 from mergepipe.tasks.nodes import MatrixWork, Nowhere, TensorCopy, TensorSource, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.rows_torch import Scorer
@@ -148,8 +148,9 @@ class Execution:
             self._progress = self._resume(verify)
             self._settle_device()
             self.shards = self._new_shards()
-            room = statistics_need(self.plan, self.workspace).nbytes
-            with Ballast(self.workspace.ballast_file, room) as self._statistics.ballast:
+            room = journal_room(self.plan, self.workspace, self.scheduled)
+            with Ballast(self.workspace.ballast_file, room) as ballast:
+                self._journal.ballast = self._statistics.ballast = ballast
                 try:
                     self.shards.open()
                     self._heads.open()
@@ -319,7 +320,7 @@ class Execution:
 
     def _round_graph(self, which: RoundId, number: int) -> Graph:
         def collect(state: State) -> None:
-            self._statistics.put(number, state)
+            self._statistics.put(number, lasting(state))
             self._rounds.collect(which, number, state)
 
         tensor, group = self.plan.tensors[number], self._rounds.groups[which[0]]
@@ -436,7 +437,6 @@ class Execution:
         """The reductions of a tensor are done: keep what they found, here and for a resume."""
         if text := remark(self.plan.tensors[number].name, state):
             self.announce(Note(text))
-        self._statistics.put(number, state)
         self._keep(number, state)
         self.shards.committer.add_record(state_record(number, state))
 

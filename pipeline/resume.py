@@ -21,7 +21,7 @@ from mergepipe.pipeline.schedule import ScheduledTensor
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.journal import Record
 from mergepipe.storage.writer import SealedShard
-from mergepipe.tasks.method import STATISTICS_ONLY, Shared, State, block_bounds, block_count
+from mergepipe.tasks.method import Shared, State, block_bounds, block_count, lasting
 
 Interval = tuple[int, int]
 
@@ -169,7 +169,7 @@ def sealed_record(number: int, shard: SealedShard) -> Record:
 
 
 def encode_state(state: State) -> dict[str, Any]:
-    """A state as JSON values, bit for bit; without what is kept as a statistic only.
+    """A state as JSON values, bit for bit; without what only passes through it.
 
     Examples
     --------
@@ -179,8 +179,7 @@ def encode_state(state: State) -> dict[str, Any]:
     """
     return {
         name: [value.dtype.str, list(value.shape), base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()]
-        for name, value in state.items()
-        if name not in STATISTICS_ONLY
+        for name, value in lasting(state).items()
     }
 
 

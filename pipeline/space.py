@@ -5,27 +5,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergepipe.errors import DiskFullError
 from mergepipe.pipeline import outputs
 from mergepipe.pipeline.handover import SHARDS_OPEN
-from mergepipe.pipeline.kinds import kind_of
+from mergepipe.pipeline.kept import kept_bytes
 from mergepipe.pipeline.masks import kept_base_bytes, mask_bytes
-from mergepipe.pipeline.plan import Plan, PlannedTensor
-from mergepipe.pipeline.rounds import sweeps_ahead
+from mergepipe.pipeline.memory import Ceiling
+from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.schedule import ScheduledTensor, schedule
 from mergepipe.storage.ballast import held_bytes
 from mergepipe.storage.workspace import Workspace
-from mergepipe.tasks.method import Reduction
-from mergepipe.tasks.registry import method as find_method
-
-SMALL_BYTES = 16 * 1024
-"""Small statistics and journal records of one tensor, at the most."""
 
 HEAD_BYTES = 8192
 """Header and page of a head's file beside its values."""
@@ -82,12 +78,16 @@ def beside_bytes(plan: Plan) -> int:
     return heads + sum(mask_bytes(plan).values()) + kept_base_bytes(plan) + copied
 
 
-def disk_bytes(plan: Plan) -> int:
-    """All that a merge takes on disk from its beginning to its end: output, what is beside it, and its workspace."""
+def disk_bytes(plan: Plan, stages: Sequence[Sequence[ScheduledTensor]]) -> int:
+    """All that a merge takes on disk from its beginning to its end: output, what is beside it, and its workspace.
+
+    `stages` are the plan's, each cut into units.
+    """
+    kept = sum(kept_bytes(stage, items) for stage, items in zip(plan.stages, stages, strict=True))
     first = 0 if plan.first_stage is None else plan.first_stage.layout().nbytes
     made = 0 if plan.vocabulary is None else plan.vocabulary.made_bytes
     copies = sum(model.copied_bytes for model in plan.models)
-    return plan.layout().nbytes + first + beside_bytes(plan) + copies + made + all_statistics_bytes(plan)
+    return plan.layout().nbytes + first + beside_bytes(plan) + copies + made + kept
 
 
 def output_need(plan: Plan, *, handed_over: bool = False) -> Need:
@@ -113,38 +113,23 @@ def copies_need(plan: Plan, workspace: Workspace) -> Need:
     return Need(workspace.root, copies - held_bytes(workspace.stores), "the copied store")
 
 
-def statistics_need(plan: Plan, workspace: Workspace) -> Need:
-    """What the statistics will take, at the most, beside what is there of them."""
-    return Need(workspace.root, all_statistics_bytes(plan) - held_bytes(workspace.statistics), "the statistics")
+def journal_need(plan: Plan, workspace: Workspace, ceiling: Ceiling) -> Need:
+    """What journals and statistics of all stages will take, at the most, beside what is there of them."""
+    folders = (workspace,) if plan.first_stage is None else (workspace.first_stage, workspace)
+    rooms = [
+        journal_room(stage, folder, _scheduled(stage, ceiling))
+        for stage, folder in zip(plan.stages, folders, strict=True)
+    ]
+    return Need(workspace.root, sum(rooms), "the journal with its statistics")
 
 
-def all_statistics_bytes(plan: Plan) -> int:
-    """What the statistics of all tensors take, at the most."""
-    ahead = sweeps_ahead(plan)
-    found: dict[Hashable, int] = {}
-    total = 0
-    for tensor in plan.tensors:
-        sweeps = ahead.get(tensor.name, ())
-        # Rounds may count otherwise for each tensor.
-        key = (kind_of(tensor), tensor.name if sweeps else "")
-        if key not in found:
-            found[key] = statistics_bytes(tensor, plan.seed, sweeps)
-        total += found[key]
-    return total
+def journal_room(plan: Plan, workspace: Workspace, scheduled: Sequence[ScheduledTensor]) -> int:
+    """The same in bytes for one stage, cut as it is for the run."""
+    held = held_bytes(workspace.statistics)
+    with suppress(FileNotFoundError):
+        held += workspace.journal_file.stat().st_blocks * 512
+    return max(0, kept_bytes(plan, scheduled) - held)
 
 
-def statistics_bytes(tensor: PlannedTensor, seed: int, ahead: Sequence[Reduction] = ()) -> int:
-    """The same for one tensor: a histogram per model, and little else.
-
-    A histogram has no more entries than there are parameters, and its zeros are compressed away.
-    """
-    if tensor.action == "copy":
-        return 0
-    job = tensor.job(seed)
-    counts = [sweep.shapes(job)[0] for sweep in (*ahead, *find_method(tensor.method).reductions(job))]
-    largest = max((math.prod(shape) for shape in counts if shape is not None), default=0)
-    return SMALL_BYTES + 8 * min(largest, 2 * job.models * _size(tensor))
-
-
-def _size(tensor: PlannedTensor) -> int:
-    return math.prod(tensor.shape)
+def _scheduled(stage: Plan, ceiling: Ceiling) -> tuple[ScheduledTensor, ...]:
+    return schedule(stage, ceiling, gathered=[model.store == "copy" for model in stage.models])

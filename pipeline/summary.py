@@ -34,7 +34,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
         `parameters`, `methods` (tensors per method), `input_bytes` (one read of everything that is used), `sweeps`
         (reads of the tensor that is read most often), `requested_bytes` (asked for in all sweeps), `output_bytes`,
         `first_stage_bytes` (kept beside it for models to come), `shards`, `units`, `tasks`, `projected_bytes`,
-        `allowed_bytes`, `disk_bytes` (output, heads and masks beside it, copies and statistics), `notes`.
+        `allowed_bytes`, `disk_bytes` (output, heads and masks beside it, copies, journal and statistics), `notes`.
     """
     layout = plan.layout()
     stages = [_of_stage(stage) for stage in plan.stages]
@@ -67,7 +67,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "tasks": sum(item.tasks for item in items),
         "projected_bytes": max((item.projected for item in items), default=0),
         "allowed_bytes": plan.allowed,
-        "disk_bytes": disk_bytes(plan),
+        "disk_bytes": disk_bytes(plan, stages),
         "notes": list(plan.notes),
     }
 

@@ -9,6 +9,7 @@ space in that instant, the disk is full as it may be at any time.
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,7 @@ from mergepipe.storage.writer import allocate
 
 
 class Ballast:
-    """A file that holds disk space. One thread at a time.
+    """A file that holds disk space. Safe to use from several threads.
 
     Parameters
     ----------
@@ -44,6 +45,7 @@ class Ballast:
         self._path = path
         self._left = max(0, nbytes)
         self._fd = -1
+        self._lock = threading.Lock()
         path.unlink(missing_ok=True)
         if not self._left:
             return
@@ -65,16 +67,18 @@ class Ballast:
 
     def spend(self, nbytes: int) -> None:
         """Give up as much space as what is about to be written takes."""
-        if self._fd >= 0:
-            self._left = max(0, self._left - nbytes)
-            os.ftruncate(self._fd, self._left)
+        with self._lock:
+            if self._fd >= 0:
+                self._left = max(0, self._left - nbytes)
+                os.ftruncate(self._fd, self._left)
 
     def close(self) -> None:
         """Give up all that is left."""
-        if self._fd >= 0:
-            self._path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            if self._fd >= 0:
+                self._path.unlink(missing_ok=True)
+                os.close(self._fd)
+                self._fd = -1
 
 
 def held_bytes(folder: Path) -> int:

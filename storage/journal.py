@@ -22,6 +22,7 @@ import google_crc32c
 
 from mergepipe.errors import WorkspaceError
 from mergepipe.storage.atomic import fsync_path, no_room_errors
+from mergepipe.storage.ballast import Ballast
 
 MAGIC = b"mergepipe journal 1\n"
 _FRAME = struct.Struct("<II")
@@ -45,6 +46,8 @@ class Journal:
         What was in it when it was opened, in order.
     torn_bytes : int
         Length of the damaged tail that was cut off.
+    ballast : Ballast or None
+        Disk space set aside for what is appended, if there is any.
 
     Raises
     ------
@@ -55,6 +58,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self.ballast: Ballast | None = None
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             data = _read_all(self._fd)
@@ -91,6 +95,8 @@ class Journal:
         if not data:
             return
         with self._lock, no_room_errors(self._path):
+            if self.ballast is not None:
+                self.ballast.spend(len(data))
             self._write(data, self._end)
             os.fdatasync(self._fd)
             self._end += len(data)

@@ -1,8 +1,8 @@
 """What the reductions found, as zarr arrays: `statistics/<name>`, one row per tensor of the plan.
 
-Small statistics (thresholds, densities) are kept in memory and written together; a histogram goes to disk at once, one
-compressed chunk per tensor. Rows of tensors that have no such statistic read as NaN, or as -1 for counts. The names
-of the tensors, in row order, are the attribute `tensors` of the group.
+Small statistics (thresholds, densities) are kept in memory and written together; large ones (dot products of many
+models) go to disk at once, one compressed chunk per tensor. Rows of tensors that have no such statistic read as NaN, or
+as -1 for counts. The names of the tensors, in row order, are the attribute `tensors` of the group.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from mergepipe.storage.ballast import Ballast
 
 ROW_BYTES_KEPT = 4096
 """Statistics with rows up to this size are gathered in memory; larger ones are written row by row."""
+
+ROWS_PER_CHUNK = 4096
+"""Tensors in one chunk of a small statistic, at the most."""
 
 
 class StatisticsStore:
@@ -80,7 +83,7 @@ class StatisticsStore:
             if self.ballast is not None:
                 self.ballast.close()
             for name, rows in self._small.items():
-                self._array(name, rows[0], (min(self._rows, 4096), *rows.shape[1:]))[...] = rows
+                self._array(name, rows[0], (min(self._rows, ROWS_PER_CHUNK), *rows.shape[1:]))[...] = rows
 
     def _array(self, name: str, value: npt.NDArray[Any], chunks: tuple[int, ...]) -> Any:
         if name not in self._arrays and name in self._group:

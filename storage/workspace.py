@@ -91,7 +91,7 @@ class Workspace:
 
     @property
     def ballast_file(self) -> Path:
-        """Disk space set aside for statistics that are still to come."""
+        """Disk space set aside for records and statistics that are still to come."""
         return self.root / "ballast"
 
     @property

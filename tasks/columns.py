@@ -80,6 +80,10 @@ class ColumnDots:
         """The limbs of three sums per column."""
         return (column_count(job), 3, LIMBS), None
 
+    def leaves(self, job: Job) -> int:
+        """Three sums per column."""
+        return 3 * column_count(job)
+
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Add one tile."""
         assert accumulator.counts is not None

@@ -120,6 +120,10 @@ class Divergences:
         length = block_elements(job.shape) // rows.row_width(job) * self.stage.settings.columns + 1
         return None if self.stage.settings.scope == "model" else (donors, TOP_BINS), (donors, length)
 
+    def leaves(self, job: Job) -> int:
+        """What is known of each row."""
+        return _row_values(self.stage, job, self.stage.settings.columns)
+
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Add one tile."""
         assert accumulator.blocks is not None
@@ -170,6 +174,10 @@ class Extremes:
         """Six numbers per block and donor."""
         return None, (len(self.stage.donors), rows.EXTREMES)
 
+    def leaves(self, job: Job) -> int:
+        """Six numbers per row and donor."""
+        return _row_values(self.stage, job, rows.EXTREMES)
+
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Measure one piece."""
         assert accumulator.blocks is not None
@@ -206,6 +214,10 @@ class Sums:
         """Four numbers per block and donor."""
         return None, (len(self.stage.donors), rows.SUMS)
 
+    def leaves(self, job: Job) -> int:
+        """What is known of each row."""
+        return _row_values(self.stage, job, self.stage.settings.columns)
+
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Add up one piece."""
         assert accumulator.blocks is not None
@@ -224,6 +236,10 @@ class Sums:
         for j, own in enumerate(pieces):
             rows.finish_rows(extremes[j], own, rows.row_width(job), *settings.directions, found[j])
         return _measured(self.stage, job, state, found, kernels.fold(np.swapaxes(extremes[:, :, -1], 0, 1)))
+
+
+def _row_values(stage: Stage, job: Job, columns: int) -> int:
+    return len(stage.donors) * -(-job.size // rows.row_width(job)) * columns
 
 
 def _by_row(job: Job, accumulator: Accumulator) -> Array:
@@ -386,6 +402,10 @@ class Ties:
     def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """One count per block and donor."""
         return None, (len(self.stage.donors),)
+
+    def leaves(self, job: Job) -> int:
+        """One count per block and donor."""
+        return (job.blocks + 1) * len(self.stage.donors)
 
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Count one tile."""

@@ -80,6 +80,12 @@ class Gram:
         """A matrix per block."""
         return None, (job.models, job.models)
 
+    def leaves(self, job: Job) -> int:
+        """A matrix; by row one for each row that is wider than a tile."""
+        if not self.by_row:
+            return job.models**2
+        return job.models**2 * job.size // job.shape[-1] if job.shape and job.shape[-1] > BLOCK_ELEMENTS else 0
+
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Add one tile."""
         assert accumulator.blocks is not None

@@ -31,8 +31,20 @@ A public name is of the same shape for every tensor of a merge and is kept as a 
 underscore is the method's own, of any shape.
 """
 
-STATISTICS_ONLY = frozenset({"histogram"})
-"""Entries of a state that are kept as statistics and that no kernel reads."""
+PASSING = frozenset({"histogram"})
+"""Entries of a state that later sweeps of the same tensor read and nobody else: large, and kept nowhere."""
+
+
+def lasting(state: State) -> State:
+    """What is kept of a state.
+
+    Examples
+    --------
+    >>> list(lasting({"histogram": np.zeros(4), "thresholds": np.zeros(1)}))
+    ['thresholds']
+    """
+    return {name: value for name, value in state.items() if name not in PASSING}
+
 
 BLOCK_ELEMENTS = 65_536
 """Elements of a block: the grain of float64 partial sums, and the size of a tile."""
@@ -328,8 +340,9 @@ class Accumulator:
 class Reduction(Protocol):
     """One sweep over a tensor. Implementations are stateless: everything they know is in `job` and `state`.
 
-    Three more attributes are optional: `stored`, as of :class:`MergeMethod`; `reads`, see :func:`expected_reads`; and
-    `sampled`, true for a sweep to which some blocks will do where the others would have to be read for it.
+    Four more attributes are optional: `stored`, as of :class:`MergeMethod`; `reads`, see :func:`expected_reads`;
+    `leaves`, see :func:`values_left`; and `sampled`, true for a sweep to which some blocks will do where the others
+    would have to be read for it.
     """
 
     @property
@@ -356,6 +369,19 @@ def expected_reads(sweeps: Iterable[Reduction]) -> float:
     where a guess has missed is none.
     """
     return sum(getattr(sweep, "reads", 1.0) for sweep in sweeps)
+
+
+def values_left(sweeps: Iterable[Reduction], job: Job) -> int:
+    """How many numbers sweeps leave in the state beside a few per model, at the most.
+
+    A sweep that leaves some for each block, row or column, or for each pair of models, says how many by its method
+    ``leaves(job)``.
+    """
+    return sum(getattr(sweep, "leaves", _few)(job) for sweep in sweeps)
+
+
+def _few(job: Job) -> int:
+    return 0
 
 
 @dataclass(frozen=True, slots=True)

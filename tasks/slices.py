@@ -14,10 +14,23 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from mergepipe.tasks.method import BLOCK_ELEMENTS, Accumulator, Array, Job, Reduction, State, Tile, block_bounds
+from mergepipe.tasks.method import (
+    BLOCK_ELEMENTS,
+    Accumulator,
+    Array,
+    Job,
+    Reduction,
+    State,
+    Tile,
+    block_bounds,
+    values_left,
+)
 from mergepipe.tasks.method import block_elements as longest_block
 
 COUNT = "_slices"
+
+NAME_VALUES = 40
+"""What the names of the entries that a sweep leaves of a slice take, in numbers of 8 bytes."""
 
 GIVEN = ("_keep_rates", "metric")
 """What rounds may have left for slices: in the state of the tensor behind ``_by_slice_``, with a row for each."""
@@ -138,6 +151,10 @@ class PerSlice:
             None if row is None else (most_slices(job), *row),
         )
 
+    def leaves(self, job: Job) -> int:
+        """For each slice what the sweep leaves of a tensor, and the names it goes by."""
+        return job.shape[0] * _left_of_one(self.inner, job)
+
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Add the pieces of one tile."""
         one = slice_job(job)
@@ -165,6 +182,10 @@ class PerSlice:
                 new["histogram"] = np.zeros(0)  # it has told all it knows, and is large
             found |= {f"_slice{number}_{name}": value for name, value in new.items()}
         return _summed_up(job, found)
+
+
+def _left_of_one(inner: Reduction, job: Job) -> int:
+    return NAME_VALUES + 4 * job.models + values_left((inner,), slice_job(job))
 
 
 def _gathered(job: Job, one: SliceJob, number: int, blocks: Array) -> Array:

@@ -109,6 +109,10 @@ class Ties:
         """One count per block and model."""
         return None, (job.models,)
 
+    def leaves(self, job: Job) -> int:
+        """One count per block and model."""
+        return (job.blocks + 1) * job.models
+
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Count one tile."""
         assert accumulator.blocks is not None

@@ -36,6 +36,7 @@ from mergepipe.tasks.method import (
     State,
     Tile,
     block_bounds,
+    values_left,
 )
 from mergepipe.tasks.sparsify import SPARSIFIERS
 
@@ -97,6 +98,10 @@ class OfMask:
         """As for the trim."""
         return self.inner.shapes(_masked(job))
 
+    def leaves(self, job: Job) -> int:
+        """As for the trim."""
+        return values_left((self.inner,), _masked(job))
+
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """As for the trim."""
         self.inner.update(_masked(job), state, accumulator, tile)
@@ -139,6 +144,10 @@ class RowScales:
         width = job.size // job.shape[0]
         touched = min(job.shape[0], min(job.size, BLOCK_ELEMENTS) // width + 2)
         return None, (2, touched, job.models)
+
+    def leaves(self, job: Job) -> int:
+        """A scale per model and row of an A."""
+        return job.models * job.shape[0] if side_of(job.name) == "A" else 0
 
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Add one tile."""

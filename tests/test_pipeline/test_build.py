@@ -118,7 +118,7 @@ def test_statistics_are_zarr_arrays_in_the_workspace(models: Path) -> None:
         kept = int(0.3 * delta.size)
         assert group["thresholds"][row, k] == np.sort(delta.ravel())[-kept]
         assert group["densities"][row, k] == pytest.approx(kept / delta.size)
-        assert group["histogram"][row, k].sum() == delta.size
+    assert "histogram" not in group, "a megabyte that a few sweeps read"
 
 
 def test_shards_mirror_the_base_and_the_index_is_last(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_disk_too_small_for_the_output(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12 - free, free))
     with pytest.raises(errors.DiskFullError, match=r"needs [\d,]+ bytes, 0 are free"):
         mergepipe.build(recipe(tmp_path), work=tmp_path / "w1", out=tmp_path / "merged")
-    monkeypatch.setattr("mergepipe.pipeline.build.statistics_need", lambda *_: Need(tmp_path, 0, "the statistics"))
+    monkeypatch.setattr("mergepipe.pipeline.build.journal_need", lambda *_: Need(tmp_path, 0, "the journal"))
     free = sum(sizes[-3:]) + beside_bytes(plan)
     notes: list[Event] = []
     mergepipe.build(recipe(tmp_path), work=tmp_path / "w1", out=tmp_path / "merged", on_event=notes.append)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergepipe.errors import RecipeError
+from mergepipe.pipeline import kept
 from mergepipe.pipeline import schedule as scheduling
 from mergepipe.pipeline.kinds import kind_of, of_each_kind
 from mergepipe.pipeline.memory import MIB, Ceiling
@@ -20,7 +21,6 @@ from mergepipe.pipeline.plan import PLAN_FORMAT, Plan, PlannedTensor, Source
 from mergepipe.pipeline.recipe import parse_recipe, settings
 from mergepipe.pipeline.schedule import schedule
 from mergepipe.pipeline.shared_settings import SharedSettings
-from mergepipe.pipeline.space import statistics_bytes
 from mergepipe.storage.collector import paused_collector
 from mergepipe.tasks.method import REQUIRED, Parameter
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
@@ -88,12 +88,13 @@ def test_a_kind_is_cut_as_each_of_its_tensors(name: str, sparsify: str | None, m
     assert len(kinds) < len(plan.tensors)
     shared = plain(plan)
     assert [found[0] for found in shared] == list(plan.tensors)
-    first = {kind_of(tensor): tensor for tensor in reversed(plan.tensors)}
-    for tensor in plan.tensors:
-        assert statistics_bytes(tensor, 0) == statistics_bytes(first[kind_of(tensor)], 0)
+    items = schedule(plan, Ceiling(2048 * MIB, 2))
+    held = kept.kept_bytes(plan, items)
     count = itertools.count()
     monkeypatch.setattr(scheduling, "kind_of", lambda tensor: next(count))
+    monkeypatch.setattr(kept, "kind_of", lambda tensor: next(count))
     assert plain(plan) == shared
+    assert kept.kept_bytes(plan, items) == held
 
 
 @pytest.mark.parametrize(

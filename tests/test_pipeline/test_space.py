@@ -19,7 +19,8 @@ import mergepipe
 from mergepipe.errors import DiskFullError
 from mergepipe.pipeline.events import Event, RunStarted
 from mergepipe.pipeline.plan import Plan
-from mergepipe.pipeline.space import Need, check_room, mask_bytes, output_need, statistics_need
+from mergepipe.pipeline.schedule import ceiling_of
+from mergepipe.pipeline.space import Need, check_room, journal_need, mask_bytes, output_need
 from mergepipe.pipeline.summary import summarize
 from mergepipe.storage.ballast import held_bytes
 from mergepipe.storage.workspace import Workspace
@@ -86,7 +87,7 @@ def test_needs_on_one_disk_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_lies_beside_the_weights_is_counted_and_allocated(job: Path) -> None:
     told = need(job).nbytes
     plan = Plan.from_json(Workspace(job / "work").read_plan())
-    statistics = statistics_need(plan, Workspace(job / "work")).nbytes
+    statistics = journal_need(plan, Workspace(job / "work"), ceiling_of(plan, None, None)).nbytes
     assert summarize(plan)["disk_bytes"] == told + statistics > plan.layout().nbytes + statistics
     allocated: list[int] = []
     ballast: list[int] = []
@@ -111,7 +112,7 @@ def test_what_a_resume_holds_is_not_asked_for_again(job: Path, monkeypatch: pyte
     assert need(job).nbytes <= 0
     workspace = Workspace(job / "work")
     plan = Plan.from_json(workspace.read_plan())
-    disk_of(monkeypatch, statistics_need(plan, workspace).nbytes)
+    disk_of(monkeypatch, journal_need(plan, workspace, ceiling_of(plan, None, None)).nbytes)
     build_job(job)
     mergepipe.run(job / "work")
 
@@ -121,23 +122,9 @@ def test_build_says_what_does_not_fit(job: Path, monkeypatch: pytest.MonkeyPatch
     shards = plan.layout().nbytes
     assert need(job).nbytes > shards + (HEAD_BYTES if plan.side else sum(mask_bytes(plan).values()) - 1)
     disk_of(monkeypatch, shards + 10_000)
-    with pytest.raises(DiskFullError, match=r"the output in '.*' needs [\d,]+ bytes, the statistics in"):
+    with pytest.raises(DiskFullError, match=r"the output in '.*' needs [\d,]+ bytes, the journal with"):
         mergepipe.build(job / "recipe.yaml", work=job / "w2", out=job / "elsewhere")
     assert not (job / "w2").exists()
-
-
-@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "sce", "pcb", "scf_rkl", "linear", "model_stock"])
-def test_statistics_take_no_more_than_was_told(method: str, tmp_path: Path) -> None:
-    extra: dict[str, Any] = {"parameters": {"density": 0.3}} if method == "breadcrumbs" else {}
-    write_job(tmp_path, SHAPES, method=method, models=1 if method == "scf_rkl" else 2, **extra)
-    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    for model in recipe["models"]:
-        model.pop("parameters" if method in ("sce", "pcb", "scf_rkl", "model_stock") else "x", None)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    work = build_job(tmp_path)
-    told = statistics_need(Plan.from_json(Workspace(work).read_plan()), Workspace(work)).nbytes
-    mergepipe.run(work)
-    assert held_bytes(work / "statistics") <= told
 
 
 @pytest.fixture
