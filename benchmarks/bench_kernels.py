@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.report import Report, common_options
 from mergepipe.tasks import convert
+from mergepipe.tasks.kept_norms import KeptNorms, thinning
 from mergepipe.tasks.method import (
     BLOCK_ELEMENTS,
     Accumulator,
@@ -105,6 +106,15 @@ class Merge:
             self.method.kernel(self.job, self.state, tile, self.merged)
             convert.encode(self.merged, "BF16", self.out[tile.start : tile.start + BLOCK_ELEMENTS])
 
+    def measure(self) -> None:
+        """The sweep of ``run --diagnostics``: the norms of what is kept."""
+        thin = thinning(self.job, self.method)
+        assert thin is not None
+        reduction, blocks = KeptNorms(thin), self.out.size // BLOCK_ELEMENTS
+        sums = Accumulator(None, np.zeros((blocks, self.job.models, 2)))
+        for index in range(blocks):
+            reduction.update(self.job, self.state, sums, self._tile(index))
+
     def _tile(self, index: int) -> Tile:
         part = slice(index * BLOCK_ELEMENTS, (index + 1) * BLOCK_ELEMENTS)
         if self.method.base != "required":
@@ -178,6 +188,8 @@ def report_roofed(report: Report, streams: list[Array], density: float, repeats:
         ours = report.add(f"{name}: kernel", nanoseconds(merge.apply, out.size, repeats), "ns")
         report.add(f"{name}: kernel / memory roof", ours / roof, "x")
         report.add(f"{name}: tile by tile", nanoseconds(merge.apply_tiles, out.size, repeats), "ns")
+        if name == "ties":
+            report.add(f"{name}: norms of what is kept", nanoseconds(merge.measure, out.size, repeats), "ns")
 
 
 def report_threshold(report: Report, streams: list[Array], density: float, repeats: int) -> None:

@@ -66,7 +66,7 @@ from mergepipe.errors import Interrupted
 @click.option(
     "--diagnostics",
     is_flag=True,
-    help="Read output and base again in the end: how norms, row entropies and directions have changed.",
+    help="Read output and inputs again in the end: how norms, rows and directions have changed, what was kept.",
 )
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @json_option

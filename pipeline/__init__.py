@@ -23,7 +23,7 @@ finished merge.
 
 Where a GPU works is settled in :mod:`~mergepipe.pipeline.devices` and :mod:`~mergepipe.pipeline.scoring`; what a merge
 found out about each tensor is told by :mod:`~mergepipe.pipeline.diagnostics`, and how each has changed measured by
-:mod:`~mergepipe.pipeline.changes`.
+:mod:`~mergepipe.pipeline.changes`, what a trim has kept of it by :mod:`~mergepipe.pipeline.kept_norms`.
 
 Everything up to the plan is a function of the recipe and of headers: no byte of a tensor is read before `run`, and
 whatever is wrong with a recipe or a set of checkpoints is found, and reported all at once, before any work is done.

@@ -6,7 +6,8 @@ of a run that was interrupted are those of one that was not. A key is there wher
 ========================  ==============================================================================================
 ``densities``             fraction of each model's elements that was kept, by the sparsifier or by coordinate fusion
 ``kept_norms``            norm of what was kept over that of all: of the differences to each donor (`scf_rkl`,
-                          `arcee_fusion`), of task vectors where a thinning restores a norm
+                          `arcee_fusion`), of task vectors where a thinning restores a norm, or with ``--diagnostics``;
+                          see :mod:`mergepipe.pipeline.kept_norms`
 ``row_kl``                mean divergence between the softmaxed rows of each donor and the primary's
 ``route``                 how a whole matrix was decomposed: full, gram or randomized
 ``ranks``                 components kept of each task vector

@@ -57,8 +57,8 @@ class Progress:
         Numbers of the sealed shards that a command has taken over: they may be gone.
     rounds : dict of (int, int) to Shared
         What finished rounds found, by number of the group and of the round.
-    changes, gaps : dict of int to list of float
-        What :mod:`mergepipe.pipeline.changes` found of a tensor, by its number.
+    changes, gaps, kept : dict of int to list of float
+        What :mod:`mergepipe.pipeline.changes` and :mod:`mergepipe.pipeline.kept_norms` found of a tensor, by its number.
     """
 
     plan: str | None = None
@@ -71,6 +71,7 @@ class Progress:
     rounds: dict[tuple[int, int], Shared] = field(default_factory=dict)
     changes: dict[int, list[float]] = field(default_factory=dict)
     gaps: dict[int, list[float]] = field(default_factory=dict)
+    kept: dict[int, list[float]] = field(default_factory=dict)
 
     @staticmethod
     def replay(records: Iterable[Record]) -> Progress:
@@ -110,9 +111,9 @@ class Progress:
         elif kind == "sealed":
             shard = SealedShard(record["file"], record["size"], tuple(record["crc32c"]), record["sha256"])
             self.sealed[record["shard"]] = shard
-        elif kind in ("change", "gaps"):
-            kept = self.changes if kind == "change" else self.gaps
-            kept[record["tensor"]] = [float(value) for value in record["found"]]
+        elif kind in ("change", "gaps", "kept"):
+            found = {"change": self.changes, "gaps": self.gaps, "kept": self.kept}[kind]
+            found[record["tensor"]] = [float(value) for value in record["found"]]
         elif kind == "handed":
             self.handed.add(record["shard"])
         elif kind == "forget":

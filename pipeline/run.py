@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mergepipe.errors import DamageError, WorkspaceError
-from mergepipe.pipeline import changes, devices, outputs, recheck, stages
+from mergepipe.pipeline import changes, devices, kept_norms, outputs, recheck, stages
 from mergepipe.pipeline.chain_run import earlier_first
 from mergepipe.pipeline.descriptors import allow_descriptors
 from mergepipe.pipeline.eventlog import EventLog
@@ -103,8 +103,9 @@ def run(
         A command for the shell that takes each complete shard over, `{path}` in it being the file; see
         :mod:`mergepipe.pipeline.handover`. Only a few unfinished shards take up disk space then.
     diagnostics : bool
-        Read output and base once more in the end, and put into the manifest how each tensor has changed; see
-        :mod:`mergepipe.pipeline.changes`. Of a merge that is finished, too.
+        Read output and base once more in the end, and the inputs of what was thinned, and put into the manifest how
+        each tensor has changed and what norm was kept; see :mod:`mergepipe.pipeline.changes` and
+        :mod:`mergepipe.pipeline.kept_norms`. Of a merge that is finished, too.
     stop : threading.Event, optional
         Set it (from a signal handler, say) to end the run: units at work are finished and committed first.
     on_event : callable, optional
@@ -147,6 +148,8 @@ def run(
         ceiling = ceiling_of(plan, memory, workers)
         if diagnostics:
             changes.check(plan, ceiling, on_shard)
+            for stage, _ in kept_norms.stages_of(plan, workspace):
+                kept_norms.cut(stage, ceiling)
         complete = None if restart else outputs.finished(plan)
         if complete is not None and not _is_damaged(plan, workspace, verify):
             _hand_over_single(plan, workspace, on_shard)
@@ -188,8 +191,10 @@ def _compare(
     stop: threading.Event,
     announce: Announcer,
 ) -> None:
-    """Add to a manifest how the tensors have changed."""
+    """Add to a manifest how the tensors have changed, and how much of their task vectors was kept."""
     changes.add_to(manifest, changes.Survey(plan, workspace, ceiling, device, stop, announce).make())
+    for stage, own in kept_norms.stages_of(plan, workspace):
+        kept_norms.add_to(manifest, kept_norms.KeptSurvey(stage, own, ceiling, stop, announce).make())
 
 
 def _first_stage(plan: Plan, first: Plan, workspace: Workspace, how: How, announce: Announcer) -> dict[str, Any]:

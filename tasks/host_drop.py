@@ -61,9 +61,13 @@ class HostDrop:
     def _thin(self, job: Job, state: State, tile: Tile) -> None:
         self.drop(job, tile, drawn(job), "" if job.sparsify == "none" else "\0host")
 
-    def apply(self, job: Job, state: State, tile: Tile, out: Array) -> None:
-        """The kernel."""
+    def thin(self, job: Job, state: State, tile: Tile) -> None:
+        """Both thinnings, the second without the factors that restore a norm."""
         first(job, state, tile)
         self._thin(job, state, tile)
+
+    def apply(self, job: Job, state: State, tile: Tile, out: Array) -> None:
+        """The kernel."""
+        self.thin(job, state, tile)
         restore(job, state, tile, STAGE)
         family.apply(replace(job, sparsify="none"), state, tile, out)

@@ -268,6 +268,25 @@ def norms(values: Array, out: Array) -> None:
 
 
 @kernel
+def kept_squares(before: Array, after: Array, out: Array) -> None:
+    """Sum of the squares of `before`, and of those where `after` is not zero, both shape (n,), in float64 into `out`.
+
+    Summed as by :func:`norms`.
+    """
+    lanes = np.zeros((2, LANES))
+    whole, kept = lanes[0], lanes[1]
+    for start in range(0, before.size, LANES):
+        row, left = before[start : start + LANES], after[start : start + LANES]
+        for i in range(row.size):
+            value = np.float64(row[i])
+            square = value * value
+            whole[i] += square
+            kept[i] += square if left[i] != 0 else 0.0
+    out[0] = whole.sum()
+    out[1] = kept.sum()
+
+
+@kernel
 def dots(left: Array, right: Array, out: Array) -> None:
     """``left . left``, ``right . right`` and ``left . right``, in float64 into `out`, shape (3,)."""
     lanes = np.zeros((3, LANES))

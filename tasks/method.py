@@ -500,6 +500,10 @@ Kernel = Callable[[Job, State, Tile, Array], None]
 """Writes one block of the output, in the working type, into the last argument, shape (n,)."""
 
 
+InPlace = Callable[[Job, State, Tile], None]
+"""Changes `tile.values`."""
+
+
 StoredKernel = Callable[[Sequence[Array], Array], bool]
 """From the stored bits of a unit (the base first, if there is one) to those of its output, shape (n,). False, with the
 output undefined, where a value is not finite or does not fit: then the general way finds out where. A reduction may
@@ -593,6 +597,9 @@ class MergeMethod:
         see :data:`StoredKernel`. It gives the same bits as `kernel`.
     matrix : WholeMatrix or None
         For a method that looks at whole matrices.
+    thin : callable or None
+        Zeroes what is dropped before anything is merged, in place, of a method that drops on its own account: what the
+        sparsifier drops included. None where that is all.
     rounds : callable
         Sweeps over the whole model that come first, after those of the sparsifier, given the jobs of a group in plan
         order.
@@ -631,6 +638,7 @@ class MergeMethod:
     scratch_rows: int = 0
     stored: StoredKernels = no_stored
     matrix: WholeMatrix | None = None
+    thin: InPlace | None = None
     rounds: Callable[[Sequence[Job]], tuple[Round, ...]] = no_rounds
     rounds_read: tuple[str, ...] = ()
     masks: Masks | None = None

@@ -7,15 +7,12 @@ both norms. The survivors' factor is the ratio of the two, which is mergekit's `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mergepipe.tasks import kernels
-from mergepipe.tasks.method import Accumulator, Array, Job, State, Tile
-
-InPlace = Callable[[Job, State, Tile], None]
-"""Changes `tile.values`."""
+from mergepipe.tasks.method import Accumulator, Array, InPlace, Job, State, Tile
 
 
 def as_it_is(job: Job, state: State, tile: Tile) -> None:
@@ -67,7 +64,7 @@ class Shrinkage:
         self.before(job, state, tile)
         for k in range(job.models):
             kernels.norms(tile.values[k], sums[0, k])
-        self.thin(job, state, tile)
+        self.thin(_unscaled(job), state, tile)
         for k in range(job.models):
             kernels.norms(tile.values[k], sums[1, k])
 
@@ -83,6 +80,12 @@ class Shrinkage:
         elif "kept_norms" in state:  # of two thinnings, and of the first one alone so far
             new["kept_norms"] = state["kept_norms"] * kept_norms(*sums[:, :, 1])
         return new
+
+
+def _unscaled(job: Job) -> Job:
+    """The job without a rescale: another model's may be one that the thinning does itself."""
+    bare = tuple({**params, "rescale": "none"} for params in job.sparsify_params)
+    return replace(job, params={**job.params, "rescale": False}, sparsify_params=bare)
 
 
 def kept_norms(before: Array, after: Array) -> Array:

@@ -30,6 +30,7 @@ METHOD = MergeMethod(
     ),
     kernel=_HOST.apply,
     reductions=_HOST.reductions,
+    thin=_HOST.thin,
     rounds=weighting.rounds,
     rounds_read=weighting.READ,
     scratch_rows=family.SCRATCH_ROWS,

@@ -22,6 +22,7 @@ import numpy as np
 
 from mergepipe.tasks import kernels
 from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.kept_norms import KeptNorms
 from mergepipe.tasks.method import (
     BLOCK_ELEMENTS,
     Accumulator,
@@ -115,6 +116,11 @@ def _reductions(job: Job) -> tuple[Reduction, ...]:
     if side_of(job.name) is None:
         return ()
     return tuple(OfMask(inner) for inner in SPARSIFIERS["magnitude"].reductions(_masked(job)))
+
+
+def _own_reductions(job: Job) -> tuple[Reduction, ...]:
+    """The mask's, and how much of each norm it keeps: adapters are small, a read more is soon done."""
+    return (*_reductions(job), *((KeptNorms(_thin),) if side_of(job.name) else ()))
 
 
 @kernel
@@ -269,7 +275,7 @@ METHOD = MergeMethod(
         Parameter("lambda", "number", "factor on A and on B", default=2.0),
     ),
     kernel=_apply,
-    reductions=_reductions,
+    reductions=_own_reductions,
     rounds=_rounds,
     rounds_read=("mask_ratio", "att_ratio"),
     takes="adapters",

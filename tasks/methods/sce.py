@@ -218,6 +218,7 @@ METHOD = MergeMethod(
     ),
     kernel=_apply,
     reductions=_reductions,
+    thin=_select,
     scratch_rows=SCRATCH_ROWS,
     paper=Paper("FuseChat: Knowledge Fusion of Chat Models", "https://arxiv.org/abs/2408.07990"),
 )

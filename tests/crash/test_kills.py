@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,26 @@ def test_dies_at_some_calls(small: Job, kind: str) -> None:
     rng = random.Random(kind)
     for at in moments(small.calls, SAMPLE):
         suffer(small, kind, at, rng)
+
+
+def test_dies_while_it_measures(sharded: Job) -> None:
+    """`--diagnostics` goes on where it was, and the manifest says what it would have said."""
+    how: dict[str, Any] = {"options": {"workers": 1, "diagnostics": True}}
+
+    def found() -> Any:
+        return json.loads((sharded.merged / "mergepipe_manifest.json").read_text())["tensors"]
+
+    sharded.reset()
+    calls = sharded.live(**how)["calls"]
+    expected = found()
+    assert all({"change", "kept_norms"} <= own.keys() for name, own in expected.items() if "empty" not in name)
+    sharded.reset()
+    for kind, at in zip(("kill", "torn", "power"), moments(calls - sharded.calls, 5)[1:4], strict=True):
+        killed = sharded.live(kind, sharded.calls + at, **how)["end"] == "killed"
+        assert sharded.live(**how)["end"] == "done"
+        assert found() == expected
+        sharded.reset()
+        sharded.survived(kind, killed)
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def merge(
     for reduction in found.reductions(job):
         if reduction.needed(job, result.state):
             result.sweeps.append(reduction.name)
-            result.state |= _sweep(found, job, reduction, result.state, models, base, tiles, workers)
+            result.state |= sweep(found, job, reduction, result.state, models, base, tiles, workers)
     for index in tiles:
         tile = load_tile(found, job, models, base, index)
         if importances:
@@ -117,7 +117,7 @@ def merge(
     return result
 
 
-def _sweep(
+def sweep(
     found: MergeMethod,
     job: Job,
     reduction: Reduction,
@@ -127,6 +127,7 @@ def _sweep(
     tiles: Sequence[int],
     workers: int,
 ) -> State:
+    """What one sweep finds."""
     counts, row = reduction.shapes(job)
     blocks = None if row is None else np.zeros((job.blocks, *row))
     mine = [Accumulator(None if counts is None else np.zeros(counts, np.int64), blocks) for _ in range(workers)]

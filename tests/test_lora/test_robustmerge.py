@@ -88,6 +88,19 @@ def test_the_merge_is_the_formula(options: dict[str, float], adapters: list[Path
     np.testing.assert_allclose(found["norm.weight"], np.mean(given["norm.weight"], axis=0), rtol=1e-6, atol=1e-7)
 
 
+def test_the_manifest_says_what_the_masks_keep(adapters: list[Path], tmp_path: Path) -> None:
+    merged = merge(tmp_path, adapters, {"parameters": {"mask_ratio": 0.25}})
+    records = json.loads((merged / "mergepipe_manifest.json").read_text())["tensors"]
+    for name, shape in SHAPES.items():
+        if name == "norm.weight":
+            assert PREFIX + name not in records
+            continue
+        for side, found in zip(adapters, records[PREFIX + name]["kept_norms"], strict=True):
+            sizes = np.sort(load_file(side / "adapter_model.safetensors")[PREFIX + name].double().numpy().ravel() ** 2)
+            kept = sizes[len(sizes) - int(0.25 * np.prod(shape)) :]
+            assert found == pytest.approx(float(np.sqrt(kept.sum() / sizes.sum())), rel=1e-12)
+
+
 def test_by_hand(tmp_path: Path) -> None:
     """Two models, rank 2, half of each factor kept, no scale raised."""
     downs = [[[4.0, 0, 1, 0], [0, 3, 1, 1]], [[2.0, 2, 0, 0], [1, 0, 0, 5]]]

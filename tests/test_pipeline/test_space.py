@@ -22,7 +22,6 @@ from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.schedule import ceiling_of
 from mergepipe.pipeline.space import Need, check_room, journal_need, mask_bytes, output_need
 from mergepipe.pipeline.summary import summarize
-from mergepipe.storage.ballast import held_bytes
 from mergepipe.storage.workspace import Workspace
 from support.jobs import build_job, write_job
 
