@@ -38,7 +38,8 @@ from mergepipe.errors import Interrupted
     type=click.Choice(["auto", "mmap", "direct"]),
     default="auto",
     show_default=True,
-    help="Read inputs through the page cache, or past it; auto: past it where the filesystem allows.",
+    help="Read inputs through the page cache, or past it; auto: past it where the filesystem allows, and from 8 GiB on "
+    "whichever way reads a sample of them fastest.",
 )
 @click.option(
     "--device",

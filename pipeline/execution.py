@@ -109,6 +109,8 @@ class Execution:
         ceiling = how.ceiling
         self._allowed = ceiling.allowed
         self._reading = choose_reading(how.reader, plan, ceiling, self.manifests)
+        if self._reading.measured:
+            announce(Note(self._reading.measured))
         self.scheduled = self._reading.scheduled
         self._whole = any(item.held for item in self.scheduled)
         self._asked_device = how.device

@@ -10,9 +10,10 @@ from mergepipe.errors import MemoryBudgetError
 from mergepipe.pipeline.inputs import all_direct
 from mergepipe.pipeline.memory import Ceiling
 from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.probe import MOST_DEPTH, USUAL, fastest
 from mergepipe.pipeline.schedule import ScheduledTensor, pool_bytes, schedule
 from mergepipe.storage.checked import CheckedFiles
-from mergepipe.storage.direct import DirectReader
+from mergepipe.storage.direct import IO_THREADS, DirectReader
 from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.readers import MmapReader, Reader
 
@@ -27,6 +28,10 @@ class Reading:
     ----------
     direct : bool
         Whether past the page cache.
+    depth : int
+        How many reads a direct reader has under way.
+    measured : str
+        The way that was found to be the fastest here, with rates; empty where nothing was measured.
     gathered : tuple of bool
         For each model whether its units are gathered into buffers.
     scheduled : tuple of ScheduledTensor
@@ -38,10 +43,12 @@ class Reading:
     gathered: tuple[bool, ...]
     scheduled: tuple[ScheduledTensor, ...]
     files: CheckedFiles
+    depth: int = IO_THREADS
+    measured: str = ""
 
     def open(self) -> Reader:
         """The reader, for the caller to close."""
-        return DirectReader(self.pool, files=self.files) if self.direct else MmapReader(files=self.files)
+        return DirectReader(self.pool, self.depth, files=self.files) if self.direct else MmapReader(files=self.files)
 
     @property
     def pool(self) -> int:
@@ -56,7 +63,7 @@ def choose_reading(kind: ReaderKind, plan: Plan, ceiling: Ceiling, manifests: Se
     ----------
     kind : {'auto', 'mmap', 'direct'}
         'auto' reads past the page cache where all filesystems allow that and the ceiling has room for the buffers that
-        it takes; mapped windows need none.
+        it takes; mapped windows need none. Of large inputs a sample is read first, to see which way is the fastest.
     plan : Plan
     ceiling : Ceiling
     manifests : sequence of ChunkManifest
@@ -68,12 +75,21 @@ def choose_reading(kind: ReaderKind, plan: Plan, ceiling: Ceiling, manifests: Se
         If a unit does not fit the ceiling.
     """
     files = CheckedFiles(root for manifest in manifests if (root := manifest.root) is not None)
+    way, measured = USUAL, ""
     if kind == "direct" or (kind == "auto" and all_direct(manifests)):
         gathered = (True,) * len(manifests)
         try:
-            return Reading(True, gathered, schedule(plan, ceiling, gathered=gathered), files)
+            scheduled = schedule(plan, ceiling, gathered=gathered)
+            if kind == "auto":
+                # Rows of vocabularies are gathered beside each read: there is room for the usual number of them.
+                most = MOST_DEPTH if plan.vocabulary is None else IO_THREADS
+                own = [manifest for manifest in manifests if manifest.kind == "virtual"]
+                inputs = {info.path: info for manifest in own for info in manifest.files}
+                way, measured = fastest(tuple(inputs.values()), ceiling.workers, most)
+            if way.direct:
+                return Reading(True, gathered, scheduled, files, way.depth, measured)
         except MemoryBudgetError:
             if kind == "direct":
                 raise
     gathered = tuple(not manifest.is_mappable for manifest in manifests)
-    return Reading(False, gathered, schedule(plan, ceiling, gathered=gathered), files)
+    return Reading(False, gathered, schedule(plan, ceiling, gathered=gathered), files, measured=measured)

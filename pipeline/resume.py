@@ -58,7 +58,7 @@ class Progress:
     rounds : dict of (int, int) to Shared
         What finished rounds found, by number of the group and of the round.
     changes, gaps, kept : dict of int to list of float
-        What :mod:`mergepipe.pipeline.changes` and :mod:`mergepipe.pipeline.kept_norms` found of a tensor, by its number.
+        What :mod:`mergepipe.pipeline.changes` and :mod:`mergepipe.pipeline.kept_norms` found of a tensor, by number.
     """
 
     plan: str | None = None
