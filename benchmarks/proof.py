@@ -304,7 +304,7 @@ def report_run(report: Report, took: Survived, plan: dict[str, Any]) -> None:
     report.add("inputs", plan["input_bytes"] / 1e9, "GB")
     report.add("output", plan["output_bytes"] / 1e9, "GB")
     report.add("bytes read", took.bytes_read / 1e9, "GB")
-    report.add("bytes read, as `plan` said for a run without kills", plan["requested_bytes"] / 1e9, "GB")
+    report.add("bytes read, as `plan` said for a run without kills", plan["read_bytes"] / 1e9, "GB")
     report.add("bytes written", took.bytes_written / 1e9, "GB")
     report.add("peak anonymous memory", took.peak_anonymous / 2**20, "MiB")
     report.add("peak anonymous memory, as `plan` said", plan["projected_bytes"] / 2**20, "MiB")

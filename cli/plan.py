@@ -103,14 +103,18 @@ def print_summary(summary: dict[str, Any]) -> None:
     click.echo(f"methods   {', '.join(f'{name} ({count})' for name, count in summary['methods'].items()) or 'none'}")
     click.echo(
         f"read      {show_bytes(summary['input_bytes'])}, "
-        f"{show_bytes(summary['requested_bytes'])} in all passes (up to {summary['sweeps']} over a tensor)"
+        f"{show_bytes(summary['requested_bytes'])} in all passes (up to {summary['sweeps']} over a tensor), "
+        f"{show_bytes(summary['read_bytes'])} of them from the disk"
     )
     files = f"{summary['shards']} file{'s' * (summary['shards'] != 1)}"
     click.echo(f"write     {show_bytes(summary['output_bytes'])} in {files} to {summary['output']}")
     if summary["first_stage_bytes"]:
         click.echo(f"keep      {show_bytes(summary['first_stage_bytes'])} beside it, for models to be added later")
-    projected, allowed = show_bytes(summary["projected_bytes"]), show_bytes(summary["allowed_bytes"])
-    click.echo(f"memory    {projected} projected at the peak, {allowed} allowed")
+    needed, projected = show_bytes(summary["needed_bytes"]), show_bytes(summary["projected_bytes"])
+    click.echo(
+        f"memory    {projected} projected at the peak ({needed} needed, the rest buffers reads), "
+        f"{show_bytes(summary['allowed_bytes'])} allowed"
+    )
     click.echo(f"disk      {show_bytes(summary['disk_bytes'])} needed")
 
 

@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from mergepipe.errors import MemoryBudgetError
 from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.memory import Ceiling
 from mergepipe.pipeline.plan import Plan
-from mergepipe.pipeline.schedule import ScheduledTensor, schedule
+from mergepipe.pipeline.schedule import ScheduledTensor, is_resident, pool_bytes, schedule
 from mergepipe.pipeline.space import disk_bytes
 
 
@@ -24,6 +25,22 @@ def _of_stage(plan: Plan, workers: int | None = None) -> tuple[ScheduledTensor, 
     return schedule(plan, ceiling, gathered=[model.store == "copy" for model in plan.models])
 
 
+def _past_the_page_cache(plan: Plan) -> tuple[int, int]:
+    """Memory at the peak, and bytes read, of a run that reads past the page cache, or as it can if that does not fit.
+
+    What the units leave of the ceiling buffers reads; tensors that fit there are read from the disk once.
+    """
+    ceiling = Ceiling(plan.allowed, cpu_count())
+    try:
+        items = schedule(plan, ceiling, gathered=[True] * len(plan.models))
+        pool = pool_bytes(items)
+    except MemoryBudgetError:
+        items, pool = _of_stage(plan), 0
+    needed = max((item.projected for item in items), default=0)
+    read = sum(item.tensor.input_bytes() if is_resident(item, pool) else item.bytes_read for item in items)
+    return min(plan.allowed, needed + pool), read
+
+
 def summarize(plan: Plan) -> dict[str, Any]:
     """The plan in a few numbers; all sizes in bytes.
 
@@ -32,13 +49,16 @@ def summarize(plan: Plan) -> dict[str, Any]:
     dict
         `id`, `output`, `models` (label, role, store, why, nbytes, copied_bytes), `tensors`, `merged`, `copied`,
         `parameters`, `methods` (tensors per method), `input_bytes` (one read of everything that is used), `sweeps`
-        (reads of the tensor that is read most often), `requested_bytes` (asked for in all sweeps), `output_bytes`,
-        `first_stage_bytes` (kept beside it for models to come), `shards`, `units`, `tasks`, `projected_bytes`,
-        `allowed_bytes`, `disk_bytes` (output, heads and masks beside it, copies, journal and statistics), `notes`.
+        (reads of the tensor that is read most often), `requested_bytes` (asked for in all sweeps), `read_bytes` (of
+        them from the disk, if read past the page cache, where what fits the ceiling is kept), `output_bytes`,
+        `first_stage_bytes` (kept beside it for models to come), `shards`, `units`, `tasks`, `needed_bytes` (of memory,
+        by the program and its units), `projected_bytes` (with the buffers of such reads, at the peak), `allowed_bytes`,
+        `disk_bytes` (output, heads and masks beside it, copies, journal and statistics), `notes`.
     """
     layout = plan.layout()
     stages = [_of_stage(stage) for stage in plan.stages]
     items, own = tuple(item for stage in stages for item in stage), stages[-1]
+    peaks, reads = zip(*map(_past_the_page_cache, plan.stages), strict=True)
     first = 0 if plan.first_stage is None else plan.first_stage.layout().nbytes
     methods = Counter(
         tensor.method + (f" + {tensor.sparsify}" if tensor.sparsify != "none" else "")
@@ -60,12 +80,14 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "input_bytes": sum(item.tensor.input_bytes() for item in items),
         "sweeps": max((math.ceil(len(item.rounds) + item.sweep_reads + 1) for item in items), default=0),
         "requested_bytes": sum(item.bytes_read for item in items),
+        "read_bytes": sum(reads),
         "output_bytes": layout.nbytes,
         "first_stage_bytes": first,
         "shards": len(layout.shards),
         "units": sum(len(item.units) for item in items),
         "tasks": sum(item.tasks for item in items),
-        "projected_bytes": max((item.projected for item in items), default=0),
+        "needed_bytes": max((item.projected for item in items), default=0),
+        "projected_bytes": max(peaks),
         "allowed_bytes": plan.allowed,
         "disk_bytes": disk_bytes(plan, stages),
         "notes": list(plan.notes),

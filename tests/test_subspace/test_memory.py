@@ -43,7 +43,7 @@ def measured(folder: Path, shape: tuple[int, int], method: str, memory: str, mod
     command = [sys.executable, "-m", "support.peak", str(folder / "work"), json.dumps({"workers": 2, "device": "cpu"})]
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return summarize(plan)["projected_bytes"] / MIB, json.loads(done.stdout)["peak"] / MIB
+    return summarize(plan)["needed_bytes"] / MIB, json.loads(done.stdout)["peak"] / MIB
 
 
 @pytest.mark.slow
