@@ -147,26 +147,11 @@ class Execution:
         self._masks = TaskMasks(self.plan)
         self._heads = SideHeads(self.plan, self.manifests)
         try:
-            self._progress = self._resume(verify)
-            self._settle_device()
-            self.shards = self._new_shards()
-            room = journal_room(self.plan, self.workspace, self.scheduled)
-            with Ballast(self.workspace.ballast_file, room) as ballast:
-                self._journal.ballast = self._statistics.ballast = ballast
-                try:
-                    self.shards.open()
-                    self._heads.open()
-                    self._masks.reserve(begun=self._has_output)
-                    with devices.one_thread(self._whole or self._scorer is not None):
-                        sealed = self._compute()
-                finally:
-                    self.shards.close()
-                    self._statistics.flush()
-            self._unchanged.check()
-            return sealed
-        except Exception:
-            self._unchanged.check()  # what a kernel makes of an input that changes between two looks at it is no bug
-            raise
+            with self._unchanged.unchanged():
+                self._progress = self._resume(verify)
+                self._settle_device()
+                self.shards = self._new_shards()
+                return self._make()
         finally:
             self._masks.close()
             self._heads.close()
@@ -174,6 +159,21 @@ class Execution:
             self._beside.close()
             self._journal.close()
             mark_damage(self.workspace, self.plan, self.manifests, self._reading.files.damaged)
+
+    def _make(self) -> list[SealedShard]:
+        """Make the output with all its space taken."""
+        room = journal_room(self.plan, self.workspace, self.scheduled)
+        with Ballast(self.workspace.ballast_file, room) as ballast:
+            self._journal.ballast = self._statistics.ballast = ballast
+            try:
+                self.shards.open()
+                self._heads.open()
+                self._masks.reserve(begun=self._has_output)
+                with devices.one_thread(self._whole or self._scorer is not None):
+                    return self._compute()
+            finally:
+                self.shards.close()
+                self._statistics.flush()
 
     def _resume(self, verify: Verify) -> Progress:
         """What earlier runs have done, and is still there to see."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Self
@@ -14,6 +16,39 @@ from mergepipe.storage.checkpoint import FileInfo
 from mergepipe.storage.direct import supports_direct
 from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What inputs are read for, as messages have it.
+
+    Attributes
+    ----------
+    since : str
+        When they were looked at.
+    remedy : str
+        What to do about one that is another.
+    again : str
+        What to do where one held something else for a while.
+    """
+
+    since: str
+    remedy: str
+    again: str
+
+    def changed(self, info: FileInfo, what: str, detail: str = "") -> MergepipeError:
+        """The error about a file that is another one, is gone or has come."""
+        return InputChangedError(f"'{info.path}' {what} since {self.since}{detail}: {self.remedy}")
+
+
+PLANNED = Use(
+    "the plan was made",
+    "bring the old file back and run again, or build again (with `mergepipe build --force` where work was begun, which "
+    "drops it)",
+    "what was made since the last commit is dropped, run again to go on",
+)
+BESIDE = Use("the plan was made", "build again, or bring back what was there", "run again to go on")
+"""Of files that are copied beside the weights: of what was begun nothing is lost."""
 
 
 class Inputs:
@@ -27,9 +62,11 @@ class Inputs:
     Parameters
     ----------
     files : iterable of FileInfo
-        The user's, as the plan knows them.
+        The user's, as they were when they were looked at.
     chunks : iterable of FileInfo
         Of our own copies of such files.
+    use : Use
+        What they are read for, for messages.
 
     Raises
     ------
@@ -47,8 +84,9 @@ class Inputs:
     for a while.
     """
 
-    def __init__(self, files: Iterable[FileInfo], chunks: Iterable[FileInfo] = ()) -> None:
-        pairs = [*((info, _changed) for info in files), *((info, _damaged) for info in chunks)]
+    def __init__(self, files: Iterable[FileInfo], chunks: Iterable[FileInfo] = (), use: Use = PLANNED) -> None:
+        self._use = use
+        pairs = [*((info, use.changed) for info in files), *((info, _damaged) for info in chunks)]
         self._files = {info.path: (info, error, _look(info, error)) for info, error in pairs}
 
     @classmethod
@@ -63,37 +101,39 @@ class Inputs:
             if _look(info, error) != ctime_ns:
                 raise InputChangedError(
                     f"'{info.path}' was written to, linked, moved or given other permissions while it was read, and "
-                    f"has its old size and time again: what was made since the last commit is dropped, run again to go "
-                    f"on"
+                    f"has its old size and time again: {self._use.again}"
                 )
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Look at them in the end; an error, too, is theirs if they changed: what is made of such bytes is no bug."""
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
+        self.check()
 
-def _look(info: FileInfo, error: Callable[[FileInfo, str], MergepipeError]) -> int:
+
+def _look(info: FileInfo, error: Callable[..., MergepipeError]) -> int:
     """The ctime of a file that is still the same one."""
     try:
         found = os.stat(info.path)
     except FileNotFoundError:
-        raise error(info, "is gone since the plan was made") from None
+        raise error(info, "is gone") from None
     except OSError as failure:
         raise CheckpointError(f"'{info.path}' can't be looked at: {failure.strerror}") from failure
     if (found.st_size, found.st_mtime_ns, found.st_ino) != (info.size, info.mtime_ns, info.inode):
         were = f"{info.size:,}, {info.mtime_ns}, {info.inode}"
         are = f"{found.st_size:,}, {found.st_mtime_ns}, {found.st_ino}"
-        raise error(info, f"changed since the plan was made (size, time and inode were {were} and are {are})")
+        raise error(info, "changed", f" (size, time and inode were {were} and are {are})")
     return found.st_ctime_ns
 
 
-def _changed(info: FileInfo, what: str) -> MergepipeError:
-    return InputChangedError(
-        f"'{info.path}' {what}: bring the old file back and run again, or build again (with `mergepipe build --force` "
-        f"where work was begun, which drops it)"
-    )
-
-
-def _damaged(info: FileInfo, what: str) -> MergepipeError:
+def _damaged(info: FileInfo, what: str, detail: str = "") -> MergepipeError:
     return DamageError(
-        f"'{info.path}', a chunk of a copied store, {what}: `mergepipe build` makes it anew from the model's own "
-        f"files, and `mergepipe run` then goes on"
+        f"'{info.path}', a chunk of a copied store, {what} since the plan was made{detail}: `mergepipe build` makes it "
+        f"anew from the model's own files, and `mergepipe run` then goes on"
     )
 
 

@@ -12,12 +12,14 @@ import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mergepipe.errors import OutputExistsError
 from mergepipe.pipeline import side_files
 from mergepipe.pipeline.card import model_card, reconstructions
+from mergepipe.pipeline.inputs import Inputs
 from mergepipe.pipeline.measure import Meter
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.records import MANIFEST_NAME, read_record
@@ -164,7 +166,7 @@ def manifest(
             for model in (*plan.models[:1], *plan.merged_before, *plan.models[1:])
             if model.role != "carried"
         ],
-        "side_files": side_files.fingerprint(plan.side_files or ()),
+        "side_files": _all_side_files(plan),
         "shards": [
             {
                 "file": shard.file,
@@ -189,16 +191,31 @@ def manifest(
     }
 
 
-def check_side_files(plan: Plan) -> None:
-    """Refuse to go on if a file that is copied beside the weights is not the one the plan was made for.
+def check_side_files(plan: Plan) -> list[Inputs]:
+    """Refuse to go on if a file that is copied beside the weights, or a head, is not the one the plan was made for.
+
+    Returns
+    -------
+    list of Inputs
+        Which tell later whether they stayed so.
 
     Raises
     ------
     InputChangedError
     """
+    found = []
     if plan.sidecar is not None and plan.side_files is not None:
         source = Path(plan.models[plan.sidecar].path)
-        side_files.check_unchanged(plan.side_files, source, plan.beside.withheld)
+        found.append(side_files.check_unchanged(plan.side_files, source, plan.beside.withheld))
+    for label, files in plan.head_files.items():
+        source = Path(plan.models[plan.side[label][0].model].path)
+        found.append(side_files.check_unchanged(files, source))
+    return found
+
+
+def _all_side_files(plan: Plan) -> str:
+    """What says whether the copied files of another plan are the same."""
+    return side_files.fingerprint([*(plan.side_files or ()), *chain.from_iterable(plan.head_files.values())])
 
 
 def put_beside(plan: Plan, source: Path, folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -220,7 +237,7 @@ def put_beside(plan: Plan, source: Path, folder: Path, contents: Mapping[str, by
         write_atomic(folder / name, contents[name])
 
 
-def put_side_files(plan: Plan, beside: Path) -> None:
+def put_side_files(plan: Plan, beside: Path, before: Sequence[Inputs]) -> None:
     """Put configuration and tokenizer files beside the weights.
 
     Parameters
@@ -228,6 +245,8 @@ def put_side_files(plan: Plan, beside: Path) -> None:
     plan : Plan
     beside : Path
         Folder of the files that `plan.beside` names.
+    before : sequence of Inputs
+        From :func:`check_side_files`, before work began: heads have been put beside the weights since.
 
     Raises
     ------
@@ -239,6 +258,8 @@ def put_side_files(plan: Plan, beside: Path) -> None:
         check_side_files(plan)
         put_beside(plan, Path(plan.models[plan.sidecar].path), Path(plan.output), contents)
         check_side_files(plan)  # what was copied is what the plan means
+        for inputs in before:
+            inputs.check()
 
 
 def with_effort(record: dict[str, Any], meter: Meter) -> dict[str, Any]:
@@ -288,6 +309,6 @@ def finished(plan: Plan) -> dict[str, Any] | None:
         record = read_record(folder)
     except ValueError:
         return None
-    beside = side_files.fingerprint(plan.side_files or ())
+    beside = _all_side_files(plan)
     same = record["plan"] == plan.id and record.get("side_files", beside) == beside
     return record if same and last.exists() else None

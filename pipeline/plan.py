@@ -262,6 +262,9 @@ class Plan:
     side_files : tuple of FileInfo or None
         The files of that model that are copied; None if there are none yet, as an earlier merge makes it. Not part of
         the id: a plan built anew after a change goes on with the weights.
+    head_files : dict of str to tuple of FileInfo
+        The same of the models in `side`, by label; copied beside their heads. Of those that an earlier merge makes
+        there are none yet.
     """
 
     format: int
@@ -291,6 +294,7 @@ class Plan:
     vocabulary: PlannedVocabulary | None = None
     beside: Beside = field(default_factory=Beside)
     side_files: tuple[FileInfo, ...] | None = None
+    head_files: dict[str, tuple[FileInfo, ...]] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[Plan, ...]:

@@ -123,6 +123,11 @@ def make_plan(
         vocabulary=vocabulary,
         beside=beside.beside,
         side_files=None if models[0].made else side_files.look_at(Path(models[0].path), beside.beside.withheld),
+        head_files={
+            models[number].label: side_files.look_at(Path(models[number].path))
+            for number in sorted(alignment.side)
+            if not models[number].made
+        },
     )
     return stages.split(plan)
 

@@ -163,7 +163,7 @@ def run(
         if restart and workspace.begun():
             outputs.remove_work(plan)
             workspace.forget_progress()
-        outputs.check_side_files(plan)
+        before = outputs.check_side_files(plan)
         allow_descriptors(plan)
         how = How(ceiling, device, reader, sha256, on_shard, verify, ended)
         if plan.first_stage is None:
@@ -174,7 +174,7 @@ def run(
         with Meter() as meter:
             if diagnostics:
                 _compare(manifest, plan, workspace, ceiling, manifest["device"], ended, announce)
-            outputs.put_side_files(plan, workspace.beside)
+            outputs.put_side_files(plan, workspace.beside, before)
         manifest = outputs.with_effort(manifest, meter)
         outputs.publish(plan, manifest)
         _hand_over_single(plan, workspace, on_shard)

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergepipe.errors import CheckpointError, InputChangedError
+from mergepipe.errors import CheckpointError
+from mergepipe.pipeline.inputs import BESIDE, Inputs
 from mergepipe.storage.atomic import copy_atomic, write_atomic
 from mergepipe.storage.checkpoint import CONFIG, FileInfo, file_info
 from mergepipe.storage.file_errors import explained
@@ -88,7 +89,7 @@ def look_at(source: Path, withheld: Iterable[str] = ()) -> tuple[FileInfo, ...]:
     return tuple(file_info(path) for path in side_files(source, withheld))
 
 
-def check_unchanged(files: Sequence[FileInfo], source: Path, withheld: Iterable[str] = ()) -> None:
+def check_unchanged(files: Sequence[FileInfo], source: Path, withheld: Iterable[str] = ()) -> Inputs:
     """Refuse to copy files that are not the ones a plan was made for.
 
     Parameters
@@ -98,22 +99,22 @@ def check_unchanged(files: Sequence[FileInfo], source: Path, withheld: Iterable[
     source : Path
     withheld : iterable of str
 
+    Returns
+    -------
+    Inputs
+        Which tell later whether they stayed so.
+
     Raises
     ------
     InputChangedError
         Naming a file that is another one, is gone or has come since.
     """
-    found = {info.path: info for info in look_at(source, withheld)}
-    for info in files:
-        if info.path not in found:
-            raise InputChangedError(f"'{info.path}' is gone since the plan was made: bring it back, or build again")
-        if found.pop(info.path) != info:
-            raise InputChangedError(
-                f"'{info.path}' changed since the plan was made (size, time or inode is another): build again, or "
-                f"bring the old file back"
-            )
-    for path in found:
-        raise InputChangedError(f"'{path}' has come since the plan was made: build again, or move it away")
+    inputs = Inputs(files, use=BESIDE)
+    known = {info.path for info in files}
+    for info in look_at(source, withheld):
+        if info.path not in known:
+            raise BESIDE.changed(info, "has come")
+    return inputs
 
 
 def fingerprint(files: Sequence[FileInfo]) -> str:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from mergepipe.errors import DiskFullError
@@ -74,7 +75,7 @@ def _existing(folder: Path) -> Path:
 def beside_bytes(plan: Plan) -> int:
     """What lies beside the weights, at the most: copied files, heads, masks, and what masks need of the base."""
     heads = plan.side_bytes + HEAD_BYTES * sum(len(sources) for sources in plan.side.values())
-    copied = sum(info.size for info in plan.side_files or ())
+    copied = sum(info.size for info in (*(plan.side_files or ()), *chain.from_iterable(plan.head_files.values())))
     return heads + sum(mask_bytes(plan).values()) + kept_base_bytes(plan) + copied
 
 

@@ -85,6 +85,7 @@ def _first(plan: Plan, chosen: Sequence[PlannedTensor], names: set[str]) -> Plan
         config={},
         sidecar=None,
         side_files=None,
+        head_files={},
         dtype=None,
         notes=(),
     )

@@ -10,8 +10,10 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 import mergepipe
 from mergepipe.errors import CheckpointError, HandOverError, InputChangedError, OutputExistsError
@@ -207,3 +209,59 @@ def test_of_a_command_that_says_much_the_end_is_kept(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * 1024 * 1024
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Path:
+    """The same of two experts that keep heads of their own, with what belongs to a model beside them."""
+    write_job(tmp_path, heads="separate")
+    for number in (1, 2):
+        path = tmp_path / f"expert-{number}" / "model.safetensors"
+        save_file(load_file(path) | {"classifier.weight": np.ones((number, 64), np.float16)}, path)
+    build_job(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", ["changed", "gone", "has come"])
+def test_a_file_beside_a_head_that_changed_since_the_build_is_refused_by_name(heads: Path, how: str) -> None:
+    path = heads / "expert-2" / ("merges.txt" if how == "has come" else "config.json")
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_text('{"model_type": "other"}')
+    with pytest.raises(InputChangedError, match=f"{path}' .*{how}"):
+        mergepipe.run(heads / "work")
+    assert not (heads / "merged").exists(), "that is found before any work"
+    build_job(heads)
+    out = mergepipe.run(heads / "work").output
+    if how == "changed":
+        assert json.loads((out / "heads" / "expert-2" / "config.json").read_text())["model_type"] == "other"
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_file_beside_a_head_that_changes_during_the_work_is_refused(heads: Path, restored: bool) -> None:
+    """Also one that has its old contents, size and time again: what was copied meanwhile is another."""
+    path = heads / "expert-1" / "config.json"
+    data, status = path.read_bytes(), path.stat()
+
+    def change(event: Event) -> None:
+        if isinstance(event, ShardSealed):
+            path.write_bytes(data.replace(b"tiny", b"huge"))
+            if restored:
+                path.write_bytes(data)
+                os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    with pytest.raises(InputChangedError, match=str(path)):
+        mergepipe.run(heads / "work", on_event=change)
+    assert not (heads / "merged" / "model.safetensors").exists()
+    build_job(heads)
+    out = mergepipe.run(heads / "work").output
+    assert (out / "heads" / "expert-1" / "config.json").read_bytes() == path.read_bytes()
+
+
+def test_what_lies_beside_heads_is_counted(heads: Path) -> None:
+    before = output_need(read_plan(heads)).nbytes
+    with open(heads / "expert-1" / "tokenizer.model", "wb") as file:
+        file.truncate(1 << 20)
+    build_job(heads)
+    assert output_need(read_plan(heads)).nbytes == before + (1 << 20)
