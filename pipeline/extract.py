@@ -126,6 +126,8 @@ def extract_lora(
         If the models do not have the same tensors.
     CheckpointError
         If they are equal, or differ in what no adapter can hold.
+    InputChangedError
+        If a file of theirs changes while it is read; what was found before is kept.
     MemoryBudgetError, DiskFullError, OutputExistsError
     Interrupted
         The same call goes on.
@@ -148,12 +150,13 @@ def extract_lora(
     with explained(), WorkspaceLock(spool), devices.one_thread(True):
         job.begin()
         drivers = Drivers(stop or threading.Event(), "the same command goes on with it")
-        with MmapReader() as reader:
+        with MmapReader() as reader, job.inputs.unchanged():
             deltas = Deltas(opened[0], opened[1], reader, drivers.check_stop)
             _factor_all(
                 job, deltas, drivers, announce, Admission(capacity, drivers.check_stop), sizes, workers or cpu_count()
             )
             extracted = _write(job, deltas, announce)
+        os.replace(job.output / f"{ADAPTER_NAME}.part", job.output / ADAPTER_NAME)
         shutil.rmtree(job.root)
     return extracted
 
@@ -330,7 +333,7 @@ def _encoded(values: Array, dtype: str, name: str) -> bytes:
 
 
 def _write(job: Spool, deltas: Deltas, announce: Announcer) -> Extracted:
-    """Put everything that was found into the adapter's files, the weights last."""
+    """Put everything that was found into the adapter's files; the weights get their name when all is in order."""
     found = {part: kept for part in job.parts if (kept := job.kept(part)) is not None}
     changed = [part for part, kept in found.items() if kept.squared]
     pairs = [part for part in changed if found[part].rank]
@@ -365,7 +368,6 @@ def _write(job: Spool, deltas: Deltas, announce: Announcer) -> Extracted:
     energy = sum(energies[part.module] * found[part].squared for part in pairs) / total if total else 1.0
     write_atomic(job.output / ADAPTER_CONFIG, to_json(config))
     write_atomic(job.output / outputs.CARD_NAME, _card(job, ranks, energy).encode())
-    os.replace(job.output / f"{ADAPTER_NAME}.part", job.output / ADAPTER_NAME)
     whole_names = tuple(part.name for part in (*whole, *biases))
     lost_names = tuple(part.name for part in lost)
     return Extracted(job.output, ranks, energies, energy, whole_names, lost_names, len(bases) - len(changed))

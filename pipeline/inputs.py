@@ -50,6 +50,13 @@ PLANNED = Use(
 BESIDE = Use("the plan was made", "build again, or bring back what was there", "run again to go on")
 """Of files that are copied beside the weights: of what was begun nothing is lost."""
 
+ONE_COMMAND = Use(
+    "the command began",
+    "bring the old file back, or leave the new one, and give the command again",
+    "give the command again",
+)
+"""Of a command without a plan."""
+
 
 class Inputs:
     """Files that are read, and proof that nobody has written to them meanwhile.

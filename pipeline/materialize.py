@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mergepipe.errors import CheckpointNotFoundError
 from mergepipe.pipeline import outputs
-from mergepipe.pipeline.side_files import copy_side_files, to_json
+from mergepipe.pipeline.inputs import Inputs, Use
+from mergepipe.pipeline.side_files import copy_side_files, look_at, to_json
 from mergepipe.pipeline.space import Need, check_room
 from mergepipe.pipeline.unmask import TaskMask
 from mergepipe.storage.atomic import write_atomic
@@ -25,6 +26,9 @@ from mergepipe.storage.writer import ShardWriter
 
 COPY_BYTES = 8 * 1024 * 1024
 UNMASK_ELEMENTS = 1024 * 1024
+
+AGAIN = "remove what is in the output folder and give the command again"
+MATERIALIZED = Use("the command began", AGAIN, AGAIN)
 
 
 def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | Path | None = None) -> Path:
@@ -51,7 +55,7 @@ def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | P
     CheckpointNotFoundError
         If the merge has no such head and no such masks; names those it has. Or if the base is gone.
     InputChangedError
-        If the base of a merge with masks is no longer what it was.
+        If the base of a merge with masks is no longer what it was, or a file changes while it is read.
     OutputExistsError
         If `out` holds something.
     """
@@ -65,18 +69,20 @@ def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | P
     checkpoint = open_checkpoint(folder)
     head = open_checkpoint(head_folder) if head_folder.is_dir() else None
     mask = TaskMask(checkpoint, task, None if base is None else Path(base).absolute()) if has_masks else None
+    beside = [*look_at(folder), *(look_at(head_folder) if head is not None else ())]
+    read = [*checkpoint.files, *(head.files if head is not None else ()), *(mask.files if mask is not None else ())]
+    inputs = Inputs([*read, *beside], use=MATERIALIZED)
     outputs.check_folder(target, [str(folder)])
     chosen = _choose(checkpoint, head)
     groups = _groups(checkpoint, chosen)
     layout = lay_out(groups, {"format": "pt"})
     check_room([Need(target, layout.nbytes, f"task '{task}'")])
     target.mkdir(parents=True, exist_ok=True)
-    reader = MmapReader()
-    writers = [_write_shard(target, shard, chosen, mask, reader) for shard in layout.shards]
-    reader.close()
-    copy_side_files(folder, target, {})
-    if head is not None:
-        copy_side_files(head_folder, target, {})
+    with MmapReader() as reader, inputs.unchanged():
+        writers = [_write_shard(target, shard, chosen, mask, reader) for shard in layout.shards]
+        copy_side_files(folder, target, {})
+        if head is not None:
+            copy_side_files(head_folder, target, {})
     for writer in writers:
         writer.publish()
     if layout.index is not None:

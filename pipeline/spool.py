@@ -13,6 +13,7 @@ from typing import Literal
 
 from mergepipe.errors import OutputExistsError
 from mergepipe.pipeline import outputs
+from mergepipe.pipeline.inputs import ONE_COMMAND, Inputs
 from mergepipe.pipeline.lora import ADAPTER_CONFIG, ADAPTER_NAME, Part
 from mergepipe.pipeline.models import InputModel
 from mergepipe.storage.atomic import write_atomic
@@ -97,12 +98,23 @@ class Spool:
     wanted : Wanted
     parts : sequence of Part
         The tensors that are looked at.
+
+    Attributes
+    ----------
+    inputs : Inputs
+        The files that are read.
+
+    Raises
+    ------
+    InputChangedError
+        If one of them has changed since it was opened.
     """
 
     def __init__(
         self, base: InputModel, other: InputModel, output: Path, wanted: Wanted, parts: Sequence[Part]
     ) -> None:
         self.base = base
+        self.inputs = Inputs([*base.stored.files, *other.stored.files], use=ONE_COMMAND)
         self.output = output
         self.wanted = wanted
         self.parts = tuple(parts)
@@ -173,6 +185,13 @@ class Spool:
             return file.read(split), file.read()
 
     def keep(self, part: Part, kept: Kept, a: bytes = b"", b: bytes = b"") -> None:
-        """Keep what was found, durably."""
+        """Keep what was found, durably.
+
+        Raises
+        ------
+        InputChangedError
+            If an input is not what it was: what was found may be of other bytes.
+        """
+        self.inputs.check()
         head = json.dumps({"squared": kept.squared, "values": kept.values, "a": len(a)})
         write_atomic(self._file(part), b"".join((head.encode(), b"\n", a, b)))

@@ -16,7 +16,7 @@ from mergepipe.pipeline.masks import BASE, BASE_ROWS, RESCALERS
 from mergepipe.pipeline.outputs import TASKS_FOLDER
 from mergepipe.pipeline.records import MANIFEST_NAME, read_record
 from mergepipe.storage.bits import MASKS_NAME, unpack
-from mergepipe.storage.checkpoint import Checkpoint, TensorEntry, fingerprint, open_checkpoint
+from mergepipe.storage.checkpoint import Checkpoint, TensorEntry, file_info, fingerprint, open_checkpoint
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.header import HeaderTensor, read_header
 from mergepipe.storage.manifest import Segment
@@ -44,10 +44,16 @@ class TaskMask:
         If it is another one than at the time of the merge.
     CheckpointError, DamageError
         If the base does not fit the merge, or the mask file is not one of ours.
+
+    Attributes
+    ----------
+    files : tuple of FileInfo
+        What is read beside the merge itself.
     """
 
     def __init__(self, merged: Checkpoint, task: str, base: Path | None = None) -> None:
         self._path = Path(merged.root) / TASKS_FOLDER / task / MASKS_NAME
+        own = file_info(self._path)
         header = read_header(self._path)
         try:
             self._factors: dict[str, float] = json.loads(header.metadata[RESCALERS])
@@ -58,9 +64,11 @@ class TaskMask:
         self.merged = merged
         self._base = self._find_base(Path(merged.root), base, below["model"])
         self._below = {name: (self._base, below["names"].get(name, name)) for name in self._places}
+        self.files = (own, *self._base.files)
         rows = self._path.parent.parent / BASE_ROWS
         if rows.is_file():
             kept = open_checkpoint(rows)
+            self.files += kept.files
             self._below |= {name: (kept, name) for name in self._below if name in kept.tensors}
         for name, (_, tensor) in self._places.items():
             self._check(name, tensor)

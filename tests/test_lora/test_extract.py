@@ -194,6 +194,36 @@ def test_the_same_bytes_however_it_is_done(llama: Family, tmp_path: Path) -> Non
         extract(llama, tmp_path / "one", 5)
 
 
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("which", ["base", "expert-0"])
+def test_an_input_that_changes_while_it_is_read(which: str, restored: bool, llama: Family, tmp_path: Path) -> None:
+    """It is named, nothing that was made of it is believed, and with the old file back the same command goes on."""
+    copied = {one.name: shutil.copytree(one, tmp_path / one.name) for one in (llama.base, llama.experts[0])}
+    models = tuple(copied.values())
+    extract_lora(*models, tmp_path / "whole", Wanted(5))
+    (path,) = copied[which].glob("*.safetensors")
+    data, status, seen = path.read_bytes(), path.stat(), [0]
+
+    def put(contents: bytes) -> None:
+        path.write_bytes(contents)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def listen(event: Event) -> None:
+        seen[0] += isinstance(event, TensorFinished)
+        if seen[0] == 3:
+            path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+        if seen[0] == 5 and restored:
+            put(data)
+
+    with pytest.raises(errors.InputChangedError, match=str(path)) as failure:
+        extract_lora(*models, tmp_path / "cut", Wanted(5), workers=1, on_event=listen)
+    assert failure.value.exit_code == 6
+    assert not (tmp_path / "cut" / ADAPTER_NAME).exists()
+    put(data)
+    extract_lora(*models, tmp_path / "cut", Wanted(5))
+    assert (tmp_path / "cut" / ADAPTER_NAME).read_bytes() == (tmp_path / "whole" / ADAPTER_NAME).read_bytes()
+
+
 def rewrite(folder: Path, target: Path, **tensors: torch.Tensor | None) -> Path:
     shutil.copytree(folder, target)
     known = load_file(target / "model.safetensors") | {name.replace("__", "."): v for name, v in tensors.items()}

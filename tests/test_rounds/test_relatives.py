@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from itertools import pairwise
@@ -20,6 +21,7 @@ from mergepipe.errors import CheckpointNotFoundError, InputChangedError, Interru
 from mergepipe.pipeline.events import UnitFinished
 from mergepipe.pipeline.materialize import materialize
 from mergepipe.storage.bits import MaskWriter, mask_layout, unpack
+from mergepipe.storage.readers import MmapReader
 from mergepipe.tasks.whole_select import ordered_keys, values_of
 from support import whole
 from support.drive import merge
@@ -215,6 +217,33 @@ def test_what_materialize_refuses(tmp_path: Path) -> None:
     whole.write(tmp_path / "base", {"a": base["a"] + 1})
     with pytest.raises(InputChangedError, match="changed"):
         materialize(tmp_path / "merged", task="expert-0", out=tmp_path / "y")
+
+
+@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("name", ["merged/model.safetensors", "merged/tasks/expert-0/masks.safetensors", "base"])
+def test_an_input_of_materialize_that_changes_while_it_is_read(
+    name: str, restored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = whole.family(12, shapes={"a": (50,), "b": (60,)})
+    whole.merged(tmp_path, base, experts, EMR)
+    path = tmp_path / name
+    path = next(path.glob("*.safetensors")) if path.is_dir() else path
+    data, status, window, reads = path.read_bytes(), path.stat(), MmapReader.window, [0]
+
+    def disturbed(*args: Any, **how: Any) -> Any:
+        reads[0] += 1
+        if reads[0] == 2:
+            path.write_bytes(data[:-8] + bytes(8))
+        if reads[0] == 3 and restored:
+            path.write_bytes(data)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        return window(*args, **how)
+
+    monkeypatch.setattr(MmapReader, "window", disturbed)
+    with pytest.raises(InputChangedError, match=str(path)) as failure:
+        materialize(tmp_path / "merged", task="expert-0", out=tmp_path / "x")
+    assert failure.value.exit_code == 6
+    assert not list((tmp_path / "x").glob("*.safetensors")), "nothing there looks whole"
 
 
 @given(data=st.data(), size=st.integers(1, 70))
