@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +11,9 @@ import pytest
 
 from mergepipe.cli.main import main
 
-from .conftest import RECIPE
-
 Output = pytest.CaptureFixture[str]
 LONG = "x" * 300
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1 << 1, 1 << 2  # <linux/capability.h>
 
 
 def refused(code: int, args: list[str], capsys: Output) -> str:
@@ -65,27 +64,28 @@ def test_an_output_that_was_blocked_since_the_build(models: Path, capsys: Output
 
 
 @pytest.fixture
-def nobody(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A built job, whose owner has no rights but those that the modes of files give."""
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory(prefix="mergepipe-test-", ignore_cleanup_errors=True) as name:
-        place = Path(name)
-        place.chmod(0o777)
-        for path in models.iterdir():
-            path.rename(place / path.name)
-        (place / "mergepipe.yaml").write_text(RECIPE)
-        monkeypatch.chdir(place)
-        if user == 0:
-            for path in (place, *place.rglob("*")):
-                os.chown(path, 65534, -1)
-            os.seteuid(65534)
-        try:
-            assert main(["build"]) == 0
-            yield place
-        finally:
-            os.seteuid(user)
-            for path in (place, *place.iterdir()):
-                path.chmod(0o755)
+def bound(models: Path) -> Iterator[Path]:
+    """A built job, of one who has no rights but those that the modes of files give.
+
+    Root lays down the two capabilities that stand above modes, and remains the owner of all it has: another user might
+    not be able to read Python or the tree.
+    """
+    assert main(["build"]) == 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    version_3, own_thread = 0x20080522, 0
+    header = (ctypes.c_uint32 * 2)(version_3, own_thread)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then those numbered from 32
+    assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
+    before = sets[0]
+    try:
+        sets[0] = before & ~(CAP_DAC_OVERRIDE | CAP_DAC_READ_SEARCH)
+        assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+        yield models
+    finally:
+        sets[0] = before
+        assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+        for path in (models, *models.iterdir()):
+            path.chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -104,15 +104,15 @@ def nobody(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_what_may_not_be_opened(nobody: Path, locked: str, args: list[str], code: int, capsys: Output) -> None:
-    (nobody / locked).chmod(0)
+def test_what_may_not_be_opened(bound: Path, locked: str, args: list[str], code: int, capsys: Output) -> None:
+    (bound / locked).chmod(0)
     err = refused(code, args, capsys)
     assert locked.split("/")[-1] in err
     assert "Permission denied" in err or "can't be" in err
 
 
-def test_a_folder_that_may_not_be_written(nobody: Path, capsys: Output) -> None:
-    nobody.chmod(0o555)
+def test_a_folder_that_may_not_be_written(bound: Path, capsys: Output) -> None:
+    bound.chmod(0o555)
     err = refused(6, ["build", "-w", "other"], capsys)
     assert "other" in err
     assert "Permission denied" in err
