@@ -25,7 +25,11 @@ from mergepipe.errors import Interrupted
     help="Move the output, before work on it has begun; with --add the new output (by default OLD+MODEL).",
 )
 @click.option("--memory", metavar="SIZE", help="Ceiling of this run's memory; the plan's by default.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads that compute; one per processor by default.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads that compute; by default one per processor, or as many as the ceiling has room for.",
+)
 @click.option(
     "--verify",
     type=click.Choice(["none", "sample", "full"]),

@@ -66,7 +66,7 @@ def add_model(
     memory : size, optional
         Ceiling for the run; that of the finished merge by default.
     workers : int, optional
-        For the check of the ceiling; one per processor by default.
+        For the check of the ceiling; by default one per processor, or as many as there is room for.
     verify : {'none', 'sample', 'full'}
         How much of what the finished merge has kept is read and checked first.
     on_event : callable, optional

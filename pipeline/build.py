@@ -33,9 +33,9 @@ from mergepipe.pipeline.events import Announcer, Listener, Note
 from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.handover import SHARDS_OPEN
 from mergepipe.pipeline.kinds import of_each_kind
-from mergepipe.pipeline.machine import available_bytes, cpu_count
+from mergepipe.pipeline.machine import available_bytes
 from mergepipe.pipeline.masks import check_masks
-from mergepipe.pipeline.memory import DEFAULT_ALLOWED, Ceiling, parse_bytes
+from mergepipe.pipeline.memory import DEFAULT_ALLOWED, parse_bytes
 from mergepipe.pipeline.models import Find, InputModel, find_folder, open_models, stored_of
 from mergepipe.pipeline.obstacles import abandoned_work, unfinished_names
 from mergepipe.pipeline.parsing import NOT_MERGED
@@ -135,7 +135,7 @@ def build(
         Ceiling for the run, such as "2GiB"; by default 512 MiB, where methods look at whole matrices up to half of the
         memory available.
     workers : int, optional
-        For the check of the ceiling; one per processor by default.
+        For the check of the ceiling; by default one per processor, or as many as there is room for.
     store : {'auto', 'virtual', 'copy'}
         How each checkpoint becomes a chunked zarr hierarchy: byte ranges of its own files, or a copy.
     chunk_size, shard_size : size, optional
@@ -242,7 +242,7 @@ def _options(order: Order, find: Find) -> _Options:
     return _Options(
         out=order.out,
         memory=None if order.memory is None else parse_bytes(order.memory),
-        workers=order.workers or cpu_count(),
+        workers=order.workers,
         store="copy" if order.store == "copy" else "virtual",
         chunk_bytes=parse_bytes(order.chunk_size),
         shard_bytes=None if order.shard_size is None else parse_bytes(order.shard_size),
@@ -257,7 +257,7 @@ class _Options:
 
     out: str | Path | None
     memory: int | None
-    workers: int
+    workers: int | None
     store: Literal["virtual", "copy"]
     chunk_bytes: int
     shard_bytes: int | None
@@ -449,8 +449,9 @@ def settle_memory(plan: Plan, checkpoints: Sequence[Checkpoint], memory: str | i
     odd = [any(t.offset % 8 for t in stored_of(found).tensors.values()) for found in checkpoints]
     odd += [False] * (len(plan.models) - len(odd))
     gathered = [model.store == "copy" or at for model, at in zip(plan.models, odd, strict=True)]
+    ceiling = ceiling_of(plan, None, workers)
     for stage in plan.stages:
-        schedule(stage, Ceiling(plan.allowed, workers or cpu_count()), gathered=gathered)
+        schedule(stage, ceiling, gathered=gathered)
     return plan
 
 

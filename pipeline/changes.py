@@ -17,6 +17,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.events import Announcer, Note
 from mergepipe.pipeline.graph import Graph, bundles, count_tasks, run_bundle, tensor_graph
 from mergepipe.pipeline.inputs import Inputs
-from mergepipe.pipeline.memory import MIB, TORCH_BYTES, Ceiling, TensorShape, UnitShape, blocks_in
+from mergepipe.pipeline.memory import MIB, TORCH_BYTES, Ceiling, TensorShape, UnitShape, blocks_in, most_workers
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.resume import Progress
 from mergepipe.storage.checkpoint import file_info
@@ -105,6 +106,26 @@ def _held(tensor: PlannedTensor) -> int:
     return held_bytes(tensor.base.adjust, tensor.shape, _work(tensor).itemsize)
 
 
+def _job(tensor: PlannedTensor) -> Job:
+    return Job(tensor.name, tensor.shape, 1, _work(tensor), {}, ({},))
+
+
+def _shapes(tensor: PlannedTensor) -> tuple[UnitShape, TensorShape]:
+    """A unit of one block, and what the reductions keep."""
+    job, block = _job(tensor), block_elements(tensor.shape)
+    shapes = [one.shapes(job)[1] for one in change.reductions(job)]
+    kept = TensorShape(0, job.blocks * max(math.prod(row) for row in shapes if row is not None), _held(tensor))
+    unit = UnitShape(block, 2, job.work.itemsize, 0, job.work.itemsize, find_method(CARRIER).scratch_rows, True)
+    return unit, kept
+
+
+def _has_room(plan: Plan, ceiling: Ceiling, workers: int) -> bool:
+    """Whether so many workers can compare tensors under the ceiling: a merge may have taken more than that."""
+    free, under = ceiling.allowed - ceiling.reserved, replace(ceiling, workers=workers)
+    units = [_shapes(plan.tensors[number]) for number in compared(plan)]
+    return all(under.smallest(unit, kept, unit.elements) <= free for unit, kept in units)
+
+
 def _matrix_bytes(tensor: PlannedTensor) -> int:
     """What finding singular values takes."""
     return 8 * gap_floats(_matrix(tensor)) + _held(tensor)
@@ -149,7 +170,7 @@ class Survey:
     ) -> None:
         self._plan = plan
         self._workspace = workspace
-        self._ceiling = ceiling
+        self._ceiling = replace(ceiling, workers=most_workers(ceiling.workers, partial(_has_room, plan, ceiling)))
         self._device = device
         self._drivers = Drivers(stop, f"`mergepipe run --diagnostics --work {workspace.root}` goes on with it")
         self._announce = announce
@@ -181,7 +202,9 @@ class Survey:
             nbytes = sum(self._sweep_bytes(number) for number in left)
             self._announce(Note(f"comparing {len(left)} tensors with what they were: {nbytes:,} bytes to read"))
             with ThreadPoolExecutor(self._ceiling.workers, "mergepipe-worker") as pool:
-                tasks = [count_tasks(len(change.reductions(self._job(n))), len(self._units(n))) for n in left]
+                tasks = [
+                    count_tasks(len(change.reductions(_job(self._plan.tensors[n]))), len(self._units(n))) for n in left
+                ]
                 cut = bundles(tasks, [self._plan.tensors[number].input_bytes() for number in left])
                 waiting = ([left[position] for position in bundle] for bundle in cut)
                 self._drivers.drive(waiting, partial(self._compare, pool), 2)
@@ -207,7 +230,7 @@ class Survey:
         return tensor_graph(tensor.name, work, lambda _name, _sweeps: work.end())
 
     def _work(self, number: int, sources: Sequence[TensorSource], on_state: Any = None) -> TensorWork:
-        job = self._job(number)
+        job = _job(self._plan.tensors[number])
         return TensorWork(
             job,
             find_method(CARRIER),
@@ -225,25 +248,18 @@ class Survey:
             sweeps=change.reductions(job) if on_state is not None else (),
         )
 
-    def _job(self, number: int) -> Job:
-        tensor = self._plan.tensors[number]
-        return Job(tensor.name, tensor.shape, 1, _work(tensor), {}, ({},))
-
     def _units(self, number: int) -> tuple[tuple[int, int], ...]:
-        tensor, job = self._plan.tensors[number], self._job(number)
-        itemsize, block = DTYPES[tensor.dtype].itemsize, block_elements(tensor.shape)
-        unit = UnitShape(block, 2, job.work.itemsize, 0, job.work.itemsize, find_method(CARRIER).scratch_rows, True)
-        shapes = [one.shapes(job)[1] for one in change.reductions(job)]
-        kept = TensorShape(0, job.blocks * max(math.prod(row) for row in shapes if row is not None), _held(tensor))
-        wanted = blocks_in(self._plan.chunk_bytes, itemsize, block)
-        step = self._ceiling.blocks_per_unit(unit, kept, wanted, block, tensor.name)
+        tensor, job = self._plan.tensors[number], _job(self._plan.tensors[number])
+        unit, kept = _shapes(tensor)
+        wanted = blocks_in(self._plan.chunk_bytes, DTYPES[tensor.dtype].itemsize, unit.elements)
+        step = self._ceiling.blocks_per_unit(unit, kept, wanted, unit.elements, tensor.name)
         return tuple((first, min(first + step, job.blocks)) for first in range(0, job.blocks, step))
 
     def _sweep_bytes(self, number: int) -> int:
         tensor = self._plan.tensors[number]
         assert tensor.base is not None, "it is compared with one"
         once = math.prod(tensor.shape) * (DTYPES[tensor.base.dtype].itemsize + DTYPES[tensor.dtype].itemsize)
-        return once * len(change.reductions(self._job(number)))
+        return once * len(change.reductions(_job(self._plan.tensors[number])))
 
     def _base(self, tensor: PlannedTensor) -> TensorSource:
         source = tensor.base

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mergepipe.errors import MemoryBudgetError, UsageError
@@ -207,11 +209,14 @@ class Ceiling:
                 return blocks
             if blocks == 1:
                 smallest = -(-(need + self.reserved) // MIB)
+                who, fewer = f"{self.workers} workers need", ", or use fewer --workers"
+                if self.workers == 1:
+                    who, fewer = "one worker needs", ""
                 raise MemoryBudgetError(
-                    f"'{what}' does not fit the memory ceiling: {self.workers} workers need {need / MIB:,.0f} MiB "
+                    f"'{what}' does not fit the memory ceiling: {who} {need / MIB:,.0f} MiB "
                     f"beside the {self.reserved / MIB:,.0f} MiB that the program itself takes, "
                     f"{self.allowed / MIB:,.0f} MiB are allowed; the smallest ceiling that would do is "
-                    f"--memory {smallest}MiB, or use fewer --workers"
+                    f"--memory {smallest}MiB{fewer}"
                 )
             blocks = max(1, blocks // 2)
 
@@ -232,6 +237,19 @@ class Ceiling:
     def pool_bytes(self, unit: UnitShape, tensor: TensorShape) -> int:
         """What a direct reader may take beside the units of this shape, `gathered` as they are: all that is left."""
         return self.allowed - self.projected(replace(unit, gathered=False), tensor)
+
+
+def most_workers(wanted: int, has_room: Callable[[int], bool]) -> int:
+    """The most workers, up to those that are wanted, that there is room for; one where there is room for none.
+
+    Examples
+    --------
+    >>> most_workers(48, lambda workers: workers * 10 <= 256), most_workers(48, lambda workers: False)
+    (25, 1)
+    """
+    if has_room(wanted):
+        return wanted
+    return max(1, bisect_left(range(1, wanted), True, key=lambda workers: not has_room(workers)))
 
 
 def blocks_in(nbytes: int, itemsize: int, block: int) -> int:

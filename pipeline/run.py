@@ -87,7 +87,7 @@ def run(
     memory : size, optional
         Ceiling of this run ("2GiB"); the plan's by default.
     workers : int, optional
-        Threads that compute; one per processor by default.
+        Threads that compute; by default one per processor, or as many as the ceiling has room for.
     device : str
         'cpu', 'cuda', 'cuda:N', or 'auto' for the first GPU if there is one: where whole matrices are worked on, and
         rows scored (by 'auto' only if the ceiling has room for that).

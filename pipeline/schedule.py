@@ -26,6 +26,7 @@ from mergepipe.pipeline.memory import (
     accumulator_bytes,
     blocks_in,
     matrix_bytes,
+    most_workers,
     parse_bytes,
     projected_bytes,
 )
@@ -110,8 +111,31 @@ class ScheduledTensor:
 
 
 def ceiling_of(plan: Plan, memory: str | int | None, workers: int | None) -> Ceiling:
-    """The ceiling of a run: as it is asked for, else that of the plan; one worker per processor where none is said."""
-    return Ceiling(plan.allowed if memory is None else parse_bytes(memory), workers or cpu_count())
+    """The ceiling of a run, and the workers under it.
+
+    Parameters
+    ----------
+    plan : Plan
+    memory : size or None
+        As it is asked for; else that of the plan.
+    workers : int or None
+        As many as are asked for; else one per processor, or as many as there is room for if those are fewer. All stages
+        have the same number, and it depends on the plan alone: inputs count as gathered, which only a run can tell.
+    """
+    allowed = plan.allowed if memory is None else parse_bytes(memory)
+    if workers:
+        return Ceiling(allowed, workers)
+    return Ceiling(allowed, most_workers(cpu_count(), lambda count: _has_room(plan, Ceiling(allowed, count))))
+
+
+def _has_room(plan: Plan, ceiling: Ceiling) -> bool:
+    """Whether every tensor of every stage fits, however inputs are read."""
+    try:
+        for stage in plan.stages:
+            schedule(stage, ceiling, gathered=[True] * len(stage.models))
+    except MemoryBudgetError:
+        return False
+    return True
 
 
 def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> tuple[ScheduledTensor, ...]:

@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from mergepipe.errors import MemoryBudgetError
-from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.memory import Ceiling
 from mergepipe.pipeline.plan import Plan
-from mergepipe.pipeline.schedule import ScheduledTensor, is_resident, pool_bytes, schedule
+from mergepipe.pipeline.schedule import ScheduledTensor, ceiling_of, is_resident, pool_bytes, schedule
 from mergepipe.pipeline.space import disk_bytes
 
 
 def scheduled(plan: Plan, workers: int | None = None) -> tuple[ScheduledTensor, ...]:
     """The plan cut into units as a run with the plan's own ceiling would cut it; a first stage comes first."""
-    return tuple(item for stage in plan.stages for item in _of_stage(stage, workers))
+    return tuple(item for stage in _stages(plan, workers) for item in stage)
 
 
-def _of_stage(plan: Plan, workers: int | None = None) -> tuple[ScheduledTensor, ...]:
-    ceiling = Ceiling(plan.allowed, workers or cpu_count())
-    return schedule(plan, ceiling, gathered=[model.store == "copy" for model in plan.models])
+def _stages(plan: Plan, workers: int | None = None) -> list[tuple[ScheduledTensor, ...]]:
+    ceiling = ceiling_of(plan, None, workers)
+    return [
+        schedule(stage, ceiling, gathered=[model.store == "copy" for model in stage.models]) for stage in plan.stages
+    ]
 
 
-def _past_the_page_cache(plan: Plan) -> tuple[int, int]:
+def _past_the_page_cache(stage: Plan, ceiling: Ceiling, mapped: Sequence[ScheduledTensor]) -> tuple[int, int]:
     """Memory at the peak, and bytes read, of a run that reads past the page cache, or as it can if that does not fit.
 
     What the units leave of the ceiling buffers reads; tensors that fit there are read from the disk once.
     """
-    ceiling = Ceiling(plan.allowed, cpu_count())
-    try:
-        items = schedule(plan, ceiling, gathered=[True] * len(plan.models))
+    items, pool = mapped, 0
+    with suppress(MemoryBudgetError):
+        items = schedule(stage, ceiling, gathered=[True] * len(stage.models))
         pool = pool_bytes(items)
-    except MemoryBudgetError:
-        items, pool = _of_stage(plan), 0
     needed = max((item.projected for item in items), default=0)
     read = sum(item.tensor.input_bytes() if is_resident(item, pool) else item.bytes_read for item in items)
-    return min(plan.allowed, needed + pool), read
+    return min(ceiling.allowed, needed + pool), read
 
 
 def summarize(plan: Plan) -> dict[str, Any]:
@@ -56,9 +57,11 @@ def summarize(plan: Plan) -> dict[str, Any]:
         `disk_bytes` (output, heads and masks beside it, copies, journal and statistics), `notes`.
     """
     layout = plan.layout()
-    stages = [_of_stage(stage) for stage in plan.stages]
+    stages = _stages(plan)
     items, own = tuple(item for stage in stages for item in stage), stages[-1]
-    peaks, reads = zip(*map(_past_the_page_cache, plan.stages), strict=True)
+    ceiling = ceiling_of(plan, None, None)
+    pairs = zip(plan.stages, stages, strict=True)
+    peaks, reads = zip(*(_past_the_page_cache(stage, ceiling, mapped) for stage, mapped in pairs), strict=True)
     first = 0 if plan.first_stage is None else plan.first_stage.layout().nbytes
     methods = Counter(
         tensor.method + (f" + {tensor.sparsify}" if tensor.sparsify != "none" else "")
@@ -114,9 +117,9 @@ def tensor_rows(plan: Plan) -> list[dict[str, Any]]:
             "shard": places[item.tensor.name].shard,
             "offset": places[item.tensor.name].offset,
         }
-        for number, stage in enumerate(plan.stages, 1)
+        for number, (stage, items) in enumerate(zip(plan.stages, _stages(plan), strict=True), 1)
         for places in [stage.layout().places]
-        for item in _of_stage(stage)
+        for item in items
     ]
 
 
