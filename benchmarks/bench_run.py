@@ -2,8 +2,8 @@
 
 The limit is the time to read every input byte and write every output byte past the page cache and compute nothing (or
 through it, where the file system knows no other way). It is measured anew before each merge, since machines
-are noisy: each ratio is of neighbours. mergekit takes part in `ties` where ``MERGEPIPE_MERGEKIT_PYTHON`` names a Python
-that has it.
+are noisy: each ratio is of neighbours. mergekit takes part in the methods that it has, where
+``MERGEPIPE_MERGEKIT_PYTHON`` names a Python that has it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import click
 
 from benchmarks.data import LAYOUTS, drop_from_cache, size_option, weight_files, write_checkpoints
 from benchmarks.disk import fastest_io
-from benchmarks.process import Usage, build, run, run_mergekit, ties_recipe
+from benchmarks.process import Usage, build, run, run_mergekit
 from benchmarks.recipes import recipe_for
 from benchmarks.report import Report, common_options
 
@@ -40,6 +40,9 @@ METHODS = (
     "scf_rkl",
 )
 """Those that are to be as fast as the disk."""
+
+OURS_ALONE = (TADROP, "scf_rkl")
+"""What mergekit has not."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def main(
     chosen = list(METHODS) if "all" in methods else list(dict.fromkeys(methods))
     settings = {"size": size, "experts": experts, "density": density, "repeats": repeats}
     report = Report("run", {**settings, "parameters": LAYOUTS[size].parameters})
+    python = os.environ.get("MERGEPIPE_MERGEKIT_PYTHON") if rival else None
     with tempfile.TemporaryDirectory(dir=folder, prefix="mergepipe-bench-") as name:
         here = Path(name)
         folders = write_checkpoints(here / "models", LAYOUTS[size], experts)
@@ -110,12 +114,10 @@ def main(
                 merges[reader].append(merge_cold(recipe, here / "ours", reader))
             for reader in readers:
                 report_merges(report, f"{method}, {reader}", recipe, merges[reader], alone[reader], output)
-        python = os.environ.get("MERGEPIPE_MERGEKIT_PYTHON") if rival and "ties" in chosen else None
-        if python:
-            recipe = ties_recipe(folders, density)
-            report_rival(report, merge_cold(recipe, here / "ours"), python, recipe, here)
-        else:
-            click.echo("mergekit: not timed (MERGEPIPE_MERGEKIT_PYTHON is not set, --no-rival, or no ties)")
+            if python and method not in OURS_ALONE:
+                report_rival(report, method, merge_cold(recipe, here / "ours"), python, recipe, here)
+    if not python:
+        click.echo("mergekit: not timed (MERGEPIPE_MERGEKIT_PYTHON is not set, or --no-rival)")
     report.save(json_path)
 
 
@@ -188,15 +190,17 @@ def report_merges(
     add("run / I/O alone", [merge.run.wall_s / io_s for merge, io_s in zip(merges, alone, strict=True)], "x")
 
 
-def report_rival(report: Report, ours: Merge, python: str, recipe: dict[str, Any], here: Path) -> None:
+def report_rival(report: Report, method: str, ours: Merge, python: str, recipe: dict[str, Any], here: Path) -> None:
     """Time mergekit once on the same recipe, cold, and print the ratios to a merge of ours just before."""
     drop_from_cache(inputs_of(recipe))
     used = run_mergekit(python, recipe, here / "rival")
-    report.add("mergekit", used.wall_s, "s")
-    report.add("mergekit, CPU", used.cpu_s, "s")
-    report.add("mergekit, peak anonymous memory", used.peak_anonymous / 2**20, "MiB")
-    report.add("mergekit / mergepipe build and run, wall", used.wall_s / (ours.build.wall_s + ours.run.wall_s), "x")
-    report.add("mergekit / mergepipe build and run, CPU", used.cpu_s / (ours.build.cpu_s + ours.run.cpu_s), "x")
+    shutil.rmtree(here / "rival")
+    wall, cpu = ours.build.wall_s + ours.run.wall_s, ours.build.cpu_s + ours.run.cpu_s
+    report.add(f"{method}: mergekit", used.wall_s, "s")
+    report.add(f"{method}: mergekit, CPU", used.cpu_s, "s")
+    report.add(f"{method}: mergekit, peak anonymous memory", used.peak_anonymous / 2**20, "MiB")
+    report.add(f"{method}: mergekit / mergepipe build and run, wall", used.wall_s / wall, "x")
+    report.add(f"{method}: mergekit / mergepipe build and run, CPU", used.cpu_s / cpu, "x")
 
 
 if __name__ == "__main__":
