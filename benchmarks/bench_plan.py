@@ -6,7 +6,7 @@ First, how long `build` takes: for 723 tensors cut into about 18,000 chunks, as 
 as a large mixture of experts has. These shapes are small, so that the check for free disk space passes anywhere.
 
 Then, for every method and the real shapes of Llama 3 70B and Llama 3.1 405B, base and two experts: the memory that is
-projected under a ceiling (where whole matrices do not fit, under the smallest that would do), what is read and written,
+needed under a ceiling (where whole matrices do not fit, under the smallest that would do), what is read and written,
 and the time that the model of `benchmarks/cost.py` computes for three machines. Computed, not measured.
 """
 
@@ -35,7 +35,7 @@ from benchmarks.recipes import recipe_for
 from benchmarks.report import Report, common_options
 from mergepipe.errors import MemoryBudgetError
 from mergepipe.pipeline.memory import Ceiling
-from mergepipe.pipeline.schedule import ScheduledTensor, held_for_matrices, is_resident, pool_bytes, schedule
+from mergepipe.pipeline.schedule import ScheduledTensor, disk_bytes_read, held_for_matrices, pool_bytes, schedule
 from mergepipe.tasks.registry import METHODS
 
 TENTH_OF_70B = Layout(2560, 8960, 80, 40_064, 20, 4)
@@ -149,7 +149,7 @@ def report_methods(
             f"{found.passes:>6} {found.work.written / 1e9:>8,.0f} {found.build_s:>7.1f} "
             + " ".join(f"{show_time(times.whole):>16}" for times in told)
         )
-        report.keep(f"{size} {method}: memory projected", found.memory / 2**20, "MiB")
+        report.keep(f"{size} {method}: memory needed", found.memory / 2**20, "MiB")
         report.keep(f"{size} {method}: bytes read", found.work.read / 1e9, "GB")
         report.keep(f"{size} {method}: bytes written", found.work.written / 1e9, "GB")
         report.keep(f"{size} {method}: passes", found.passes, "")
@@ -213,9 +213,7 @@ def work_of(stages: Sequence[Sequence[ScheduledTensor]]) -> Work:
         for item in items:
             tensor = item.tensor
             written += tensor.output.nbytes
-            # What fits the buffers is read once for its own sweeps and its kernel, whatever they ask for.
-            once = tensor.input_bytes() * (len(item.rounds) + 1)
-            read += once if is_resident(item, pool) else item.bytes_read
+            read += disk_bytes_read(item, pool)
             if tensor.action == "merge" and item.steps:
                 rows, columns = sorted(tensor.shape)
                 products += float(max(1, len(tensor.models)) * rows * rows * columns)

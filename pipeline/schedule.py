@@ -290,6 +290,12 @@ def is_resident(item: ScheduledTensor, pool: int) -> bool:
     return RESIDENT_SHARE * _resident_bytes(item) <= pool
 
 
+def disk_bytes_read(item: ScheduledTensor, pool: int) -> int:
+    """Bytes that a direct reader reads for a tensor: once for each round, and once for all else if they are kept."""
+    once = item.tensor.input_bytes() * (len(item.rounds) + 1)
+    return once if is_resident(item, pool) else item.bytes_read
+
+
 def _resident_bytes(item: ScheduledTensor) -> int:
     windows = len(item.units) * max(1, len(item.tensor.sources))
     return item.tensor.input_bytes() + windows * SLACK_BYTES

@@ -12,7 +12,7 @@ from typing import Any
 from mergepipe.errors import MemoryBudgetError
 from mergepipe.pipeline.memory import Ceiling
 from mergepipe.pipeline.plan import Plan
-from mergepipe.pipeline.schedule import ScheduledTensor, ceiling_of, is_resident, pool_bytes, schedule
+from mergepipe.pipeline.schedule import ScheduledTensor, ceiling_of, disk_bytes_read, pool_bytes, schedule
 from mergepipe.pipeline.space import disk_bytes
 
 
@@ -38,8 +38,7 @@ def _past_the_page_cache(stage: Plan, ceiling: Ceiling, mapped: Sequence[Schedul
         items = schedule(stage, ceiling, gathered=[True] * len(stage.models))
         pool = pool_bytes(items)
     needed = max((item.projected for item in items), default=0)
-    read = sum(item.tensor.input_bytes() if is_resident(item, pool) else item.bytes_read for item in items)
-    return min(ceiling.allowed, needed + pool), read
+    return min(ceiling.allowed, needed + pool), sum(disk_bytes_read(item, pool) for item in items)
 
 
 def summarize(plan: Plan) -> dict[str, Any]:
