@@ -8,6 +8,7 @@ folder of its own, with that model's configuration, which loads like any other c
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from mergepipe.errors import CheckpointNotFoundError
@@ -31,7 +32,9 @@ AGAIN = "remove what is in the output folder and give the command again"
 MATERIALIZED = Use("the command began", AGAIN, AGAIN)
 
 
-def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | Path | None = None) -> Path:
+def materialize(
+    merged: str | Path, *, task: str, out: str | Path | None = None, base: str | Path | None = None
+) -> Path:
     """Write the checkpoint of one task.
 
     Parameters
@@ -40,15 +43,16 @@ def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | P
         Output folder of a finished merge with `heads: separate`, or by `emr_unified`.
     task : str
         Name of the model that is wanted: a folder in `heads` or `tasks`.
-    out : path
-        The folder to write; must not exist, or be empty.
+    out : path, optional
+        The folder to write; must not exist, or be empty. By default it lies beside the merge, `merged-math` for the
+        task `math` of `merged`.
     base : path, optional
         For masks: where the base of the merge is now, if not where it was.
 
     Returns
     -------
     Path
-        `out`, absolute.
+        The folder that was written, absolute.
 
     Raises
     ------
@@ -59,13 +63,14 @@ def materialize(merged: str | Path, *, task: str, out: str | Path, base: str | P
     OutputExistsError
         If `out` holds something.
     """
-    folder, target = Path(merged).absolute(), Path(out).absolute()
+    folder = Path(os.path.abspath(merged))
     head_folder = folder / outputs.HEADS_FOLDER / task
     has_masks = (folder / outputs.TASKS_FOLDER / task / MASKS_NAME).is_file()
-    if not head_folder.is_dir() and not has_masks:
+    if task not in _tasks(folder) or not (head_folder.is_dir() or has_masks):
         listed = ", ".join(_tasks(folder)) or "none: it was merged neither with `heads: separate` nor by emr_unified"
         what = "masks for" if (folder / outputs.TASKS_FOLDER).is_dir() else "head"
         raise CheckpointNotFoundError(f"'{folder}' has no {what} '{task}'; it has {listed}")
+    target = folder.with_name(f"{folder.name}-{task}") if out is None else Path(out).absolute()
     checkpoint = open_checkpoint(folder)
     head = open_checkpoint(head_folder) if head_folder.is_dir() else None
     mask = TaskMask(checkpoint, task, None if base is None else Path(base).absolute()) if has_masks else None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import mergepipe
 from mergepipe.cli.init import recipe_text
 from mergepipe.cli.main import main
 from mergepipe.cli.run import stop_on_signal
@@ -52,7 +53,7 @@ def test_options_reach_the_pipeline(models: Path, capsys: Output) -> None:
     result = json.loads(out)
     assert result["output"] == str(models / "other")
     assert {shard["sha256"] for shard in result["manifest"]["shards"]} == {None}
-    index = json.loads((models / "other" / "model.safetensors.index.json").read_text())
+    index = json.loads((models / "other" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     merged = load_file(models / "other" / index["weight_map"]["norm.weight"])
     np.testing.assert_array_equal(merged["norm.weight"], np.full(4, 3.0, np.float32))
 
@@ -113,8 +114,22 @@ def test_plan_shows_every_tensor_and_draws(models: Path, capsys: Output) -> None
 
 def test_materialize_without_heads_says_so(models: Path, capsys: Output) -> None:
     assert main(["build"]) == main(["run"]) == 0
-    assert main(["materialize", "merged", "--task", "expert-1", "--out", "one"]) == 4
+    assert main(["materialize", "merged", "--task", "expert-1"]) == 4
     assert "heads: separate" in capsys.readouterr().err
+
+
+def test_readme_in_five_lines(models: Path, capsys: Output) -> None:
+    """Its recipe merges models of those names, and the store that it opens is there then."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for old, new in (("base", "llama-base"), ("expert-1", "expert-math"), ("expert-2", "expert-code")):
+        (models / old).rename(models / new)
+    (models / "mergepipe.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    for command in ("build", "plan", "run"):
+        assert main([command]) == 0, capsys.readouterr().err
+    found = re.findall(r'mergepipe\.open_store\("([^"]+)"\)', text)
+    assert found
+    for path in found:
+        assert sorted(dict(mergepipe.open_store(path).arrays())) == ["layers.0.weight", "norm.weight", "position_ids"]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -123,7 +138,7 @@ def test_init_writes_a_recipe_that_loads(name: str, tmp_path: Path, monkeypatch:
     assert main(["init", "--method", name]) == 0
     recipe = load_recipe("mergepipe.yaml")
     assert recipe.merge_method == name
-    text = (tmp_path / "mergepipe.yaml").read_text()
+    text = (tmp_path / "mergepipe.yaml").read_text(encoding="utf-8")
     for parameter in METHODS[name].parameters:
         assert parameter.without_effect or f"{parameter.name}: " in text
     assert main(["init"]) == 6, "a recipe that is there is not overwritten"

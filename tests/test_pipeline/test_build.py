@@ -169,8 +169,14 @@ def test_heads_of_different_shape_are_kept_and_put_back(tmp_path: Path) -> None:
     assert np.array_equal(found["classifier.weight"], own["classifier.weight"])
     assert np.array_equal(found["layers.0.w"], body["layers.0.w"])
     assert json.loads((one / "config.json").read_bytes())["num_labels"] == 7
-    with pytest.raises(errors.CheckpointNotFoundError, match="no head 'c'; it has a, b"):
-        materialize(out, task="c", out=tmp_path / "other")
+    beside = materialize(out, task="b")
+    assert beside == tmp_path / "merged-b"
+    assert (beside / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    with pytest.raises(errors.OutputExistsError, match="merged-b"):
+        materialize(out, task="b")
+    for name in ("c", "", "../heads/b"):
+        with pytest.raises(errors.CheckpointNotFoundError, match=f"no head '{name}'; it has a, b"):
+            materialize(out, task=name, out=tmp_path / "other")
 
 
 def test_a_second_build_changes_nothing_and_a_second_run_has_nothing_to_do(models: Path) -> None:
