@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from support.jobs import LARGER, build_job, hashes, write_job
+from support.scratch import folder_in_memory
 from support.tally import TALLY
 
 
@@ -119,8 +119,8 @@ def victim() -> Iterator[Victim]:
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in memory where there is one: thousands of syncs of a real disk take minutes and prove no more."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
+    memory = folder_in_memory()
+    if memory is None:
         yield tmp_path_factory.mktemp("crash")
         return
     with tempfile.TemporaryDirectory(dir=memory, prefix="mergepipe-crash-") as folder:

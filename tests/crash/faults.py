@@ -100,7 +100,7 @@ class Faults:
     Parameters
     ----------
     kind : str
-        One of `KINDS`: "none" only counts, "torn" writes the first half of what it dies at, "hang" waits two seconds
+        One of `KINDS`: "none" only counts, "torn" writes the first half of what it dies at, "hang" waits a minute
         before it dies, "enospc" has every later write fail too, "lost sync" fails once and loses what was unsynced.
     at : int
         Number of the call, from 1 on.
@@ -197,7 +197,7 @@ class Faults:
                 self.unsynced.lose(self.rng, self.rng.choice((0.3, 0.7, 1.0)))
                 self._tear_loose_files()
             if self.kind == "hang":
-                time.sleep(2)
+                time.sleep(60)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _tear_loose_files(self) -> None:

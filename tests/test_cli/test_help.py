@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -19,7 +19,7 @@ from support.jobs import write_job
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "numba", "dask", "zarr", "numpy", "transformers", "rich", "pydantic")
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTEXT = click.Context(group, info_name="mergepipe")
 
 
@@ -59,7 +59,7 @@ def test_readme_lists_every_command() -> None:
 
 @pytest.mark.parametrize("source", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/switching.md"])
 def test_documents_use_options_that_exist(source: str) -> None:
-    text = (ROOT / source).read_text()
+    text = (ROOT / source).read_text(encoding="utf-8")
     for name, words in re.findall(r"\b(?:mergepipe )?([a-z-]+)((?: [^\s`|#&]+)* --?[^\n`|#&]*)", text):
         if name in COMMANDS:
             known = {opt for option in command(name).params for opt in option.opts} | {"--help"}
@@ -69,7 +69,7 @@ def test_documents_use_options_that_exist(source: str) -> None:
 
 @pytest.mark.parametrize("source", ["README.md", "docs/switching.md"])
 def test_recipes_of_documents_load(source: str) -> None:
-    text = (ROOT / source).read_text()
+    text = (ROOT / source).read_text(encoding="utf-8")
     recipes = [recipe for recipe in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "merge_method" in recipe]
     assert recipes
     for recipe in recipes:
@@ -88,13 +88,15 @@ def test_help_loads_no_large_library() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """Under half a second: the best of five, since other work on the machine is no fault of ours."""
+    """Under a quarter of a second of a processor, the best of five: other work on the machine is no fault of ours."""
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "mergepipe", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+        process = subprocess.Popen([sys.executable, "-m", "mergepipe", "--help"], stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        seconds.append(used.ru_utime + used.ru_stime)
+    assert min(seconds) < 0.25
 
 
 def test_importing_the_package_loads_no_large_library() -> None:

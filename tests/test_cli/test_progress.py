@@ -86,7 +86,7 @@ def test_bars_move() -> None:
             show(event)
         bars.refresh()
         last = out.getvalue().splitlines()[-1]
-        assert re.search(r"memory [\d.]+ MiB of 512\.0 MiB, a \(coarse histogram\)", last), last
+        assert re.search(r"memory [\d,.]+ [MG]iB of 512\.0 MiB, a \(coarse histogram\)", last), last
         asked = True
         bars.refresh()
         assert "stopping: the work under way" in out.getvalue().splitlines()[-1]
@@ -168,4 +168,6 @@ def test_a_listener_that_fails_is_told_no_more_and_the_log_goes_on(tmp_path: Pat
         for text in ("one", "two"):
             announce(Note(text))
     assert told == [Note("one")]
-    assert [json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == ["one", "two"]
+    assert [
+        json.loads(line)["text"] for line in (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == ["one", "two"]

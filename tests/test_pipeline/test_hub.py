@@ -118,6 +118,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     constants = hub.constants
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -182,9 +184,9 @@ def test_a_merge_of_hub_ids(served: Path, tmp_path: Path, capfd: pytest.CaptureF
         f"'org/fine@v1' is commit {COMMITS['v1']}: 3 files" in note and "to be downloaded" in note for note in notes
     )
     assert any(isinstance(event, DownloadProgress) for event in events)
-    record = json.loads((tmp_path / "out" / "mergepipe_manifest.json").read_text())
+    record = json.loads((tmp_path / "out" / "mergepipe_manifest.json").read_text(encoding="utf-8"))
     assert [one["model"] for one in record["inputs"]] == [f"org/base@{COMMITS['main']}", f"org/fine@{COMMITS['v1']}"]
-    assert "base_model:\n- org/base\n- org/fine" in (tmp_path / "out" / "README.md").read_text()
+    assert "base_model:\n- org/base\n- org/fine" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"t"
     assert capfd.readouterr() == ("", "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mergepipe.errors import CheckpointError, CheckpointNotFoundError, DamageErr
 from mergepipe.storage.checked import CheckedFiles, is_whole_file
 from mergepipe.storage.manifest import Segment
 from mergepipe.storage.readers import Descriptors, MmapReader
+from support.scratch import folder_in_memory
 
 
 def write_chunk(path: Path, size: int) -> bytes:
@@ -41,13 +43,11 @@ def test_any_size_is_compared_to_its_end(size: int, tmp_path: Path) -> None:
 
 @given(st.binary(max_size=40))
 def test_any_bytes_are_whole_or_not(data: bytes) -> None:
-    path = Path("/dev/shm" if os.path.isdir("/dev/shm") else "/var/tmp") / f"mergepipe-{os.getpid()}-chunk"
-    try:
+    with tempfile.TemporaryDirectory(dir=folder_in_memory(), prefix="mergepipe-test-") as folder:
+        path = Path(folder, "chunk")
         path.write_bytes(data)
         whole = len(data) >= 4 and google_crc32c.value(data[:-4]).to_bytes(4, "little") == data[-4:]
         assert is_whole_file(path) == whole
-    finally:
-        path.unlink()
 
 
 def test_only_what_lies_in_a_copied_store_is_compared(tmp_path: Path) -> None:
