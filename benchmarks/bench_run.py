@@ -161,9 +161,9 @@ def merge_cold(recipe: dict[str, Any], folder: Path, reader: str = "auto") -> Me
     drop_from_cache(files)
     began = time.time()
     used = run(folder, "--reader", reader, watch=True)
-    events = [json.loads(line) for line in (folder / "work" / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (folder / "work" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     at = next(event["at"] for event in events if event["event"] == "RunStarted")
-    manifest = json.loads((folder / "merged" / "mergepipe_manifest.json").read_text())
+    manifest = json.loads((folder / "merged" / "mergepipe_manifest.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
     return Merge(built, used, manifest, at - began)
 

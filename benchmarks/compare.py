@@ -80,7 +80,7 @@ def other_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator
 @click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def main(old: Path, new: Path) -> None:
     """Compare two results that a benchmark has saved with --json."""
-    one, other = (json.loads(path.read_text()) for path in (old, new))
+    one, other = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
     try:
         compared = compare(one, other)
     except ValueError as error:

@@ -89,7 +89,7 @@ class Rates:
     def load(path: Path = MEASURED) -> Rates:
         """Those that `bench_methods --json` has saved."""
         found: dict[str, dict[str, float]] = {"CPU per element read": {}, "CPU per product": {}}
-        for figure in json.loads(path.read_text())["figures"]:
+        for figure in json.loads(path.read_text(encoding="utf-8"))["figures"]:
             method, _, what = figure["name"].partition(": ")
             found[what][method] = figure["value"]
         return Rates(found["CPU per element read"], found["CPU per product"])

@@ -80,7 +80,7 @@ def measure(command: Sequence[str], watch: bool = False, environment: dict[str, 
 def anonymous_bytes(pid: int) -> int:
     """Anonymous resident memory of a process now; 0 once it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)

@@ -246,7 +246,7 @@ def progress(folder: Path) -> float:
 def io_bytes(pid: int) -> tuple[int, int] | None:
     """Bytes that a process has read from disks and written to them; None once it is gone."""
     try:
-        text = Path(f"/proc/{pid}/io").read_text()
+        text = Path(f"/proc/{pid}/io").read_text(encoding="utf-8")
     except OSError:
         return None
     counts = {key: int(value) for key, value in re.findall(r"(\w+): (\d+)", text)}
@@ -329,7 +329,7 @@ def check_room(folder: Path, nbytes: int) -> None:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest of a finished merge."""
-    found: dict[str, Any] = json.loads((folder / "mergepipe_manifest.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "mergepipe_manifest.json").read_text(encoding="utf-8"))
     return found
 
 

@@ -64,7 +64,7 @@ def receive(ledger: Path, path: Path) -> None:
         if note.exists():
             return  # the command of a dead run was faster
         raise
-    if note.exists() and json.loads(note.read_text()) != found:
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != found:
         raise ValueError(f"'{path.name}' was handed over before, with other bytes")
     temporary = ledger / f"{path.name}.{os.getpid()}"
     temporary.write_text(json.dumps(found))
@@ -74,7 +74,7 @@ def receive(ledger: Path, path: Path) -> None:
 
 def received(ledger: Path) -> list[dict[str, Any]]:
     """Everything that was taken over, by name of the file."""
-    return [json.loads(note.read_text()) for note in sorted(ledger.glob("*.json"))]
+    return [json.loads(note.read_text(encoding="utf-8")) for note in sorted(ledger.glob("*.json"))]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import click
 
 import mergepipe
 from mergepipe.cli.options import verbose_option
-from mergepipe.errors import Interrupted, MergepipeError
+from mergepipe.errors import Interrupted, MergepipeError, UsageError
 from mergepipe.storage.file_errors import explained
 
 COMMANDS = {
@@ -80,6 +80,12 @@ class LazyGroup(click.Group):
         except MergepipeError as error:
             show_error(error)
             ctx.exit(error.exit_code)
+        except UnicodeEncodeError as error:
+            if error.encoding == "utf-8":
+                raise
+            text = f"'{error.object}' has no name in the encoding of this locale, {error.encoding}: use one of UTF-8"
+            show_error(UsageError(f"{text}, or set PYTHONUTF8=1"))
+            ctx.exit(UsageError.exit_code)
         except BrokenPipeError as error:
             # Whoever read our stdout has seen enough (`mergepipe plan | head`): results are printed after the work.
             if not reader_has_gone(sys.stdout):

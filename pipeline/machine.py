@@ -23,8 +23,8 @@ def cpu_count() -> int:
 def available_bytes() -> int:
     """Memory this process may still take: of the machine, or of its control groups where that is less."""
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        groups = Path("/proc/self/cgroup").read_text()
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8")
     except OSError:
         found, groups = None, ""
     machine = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -73,9 +73,9 @@ def give_back_large_blocks() -> None:
 def _left(folder: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:
     """Limit less use, not counting file pages that can be dropped; None where there is no limit."""
     try:
-        limit = (folder / limit_name).read_text().strip()
-        used = int((folder / used_name).read_text())
-        cache = re.search(rf"^{cache_name} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        limit = (folder / limit_name).read_text(encoding="utf-8").strip()
+        used = int((folder / used_name).read_text(encoding="utf-8"))
+        cache = re.search(rf"^{cache_name} (\d+)$", (folder / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, ValueError):
         return None
     if not limit.isdigit():

@@ -14,7 +14,7 @@ from typing import Self
 def anonymous_bytes() -> int:
     """Anonymous memory of this process now; 0 where the kernel does not say."""
     try:
-        match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     except OSError:
         return 0
     return int(match[1]) * 1024 if match else 0
@@ -23,7 +23,7 @@ def anonymous_bytes() -> int:
 def disk_bytes() -> tuple[int, int]:
     """Bytes this process has read from and written to disks so far; (0, 0) where the kernel does not say."""
     try:
-        text = Path("/proc/self/io").read_text()
+        text = Path("/proc/self/io").read_text(encoding="utf-8")
     except OSError:
         return 0, 0
     counts = {key: int(value) for key, value in re.findall(r"(\w+): (\d+)", text)}

@@ -146,7 +146,7 @@ class Spool:
 
     def _begun(self) -> str | None:
         try:
-            return (self.root / "job").read_text()
+            return (self.root / "job").read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
 

@@ -172,7 +172,7 @@ class Workspace:
     def damaged(self, number: int, label: str) -> list[str]:
         """Chunks of the copied store of model `number` that were found damaged."""
         with contextlib.suppress(FileNotFoundError):
-            return (self.store(number, label) / DAMAGED_NAME).read_text().splitlines()
+            return (self.store(number, label) / DAMAGED_NAME).read_text(encoding="utf-8").splitlines()
         return []
 
     def unmark_damage(self, number: int, label: str) -> None:

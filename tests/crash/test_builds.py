@@ -61,7 +61,7 @@ def test_a_small_file_is_the_old_one_or_the_new_one(victim: Victim, scratch: Pat
         for seed in range(10):
             path.write_text(old)
             deaths += victim(folder, "power", at, seed=seed, **write)["end"] == "killed"
-            assert path.read_text() in (old, new)
+            assert path.read_text(encoding="utf-8") in (old, new)
     assert deaths == calls * 10
     TALLY["power"] += deaths
 
@@ -85,7 +85,9 @@ def test_another_recipe_withdraws_the_plan_first(victim: Victim, scratch: Path) 
     """A build of B that dies over A leaves A, B or nothing: never A's plan with B's stores."""
     a, b = scratch / "a", scratch / "b"
     recipes = [str(write_job(folder)) for folder in (a, b)]
-    (b / "recipe.yaml").write_text((b / "recipe.yaml").read_text().replace("weight: 0.5", "weight: 0.25"))
+    (b / "recipe.yaml").write_text(
+        (b / "recipe.yaml").read_text(encoding="utf-8").replace("weight: 0.5", "weight: 0.25")
+    )
     work = scratch / "shared"
     expected = []
     for folder, recipe in zip((a, b), recipes, strict=True):

@@ -30,7 +30,7 @@ def test_the_same_updates(mergekit_python: Path, tmp_path: Path) -> None:
     subprocess.run(command, env=environment, capture_output=True, check=False)  # its model card asks the hub
     made = extract_lora(family.base, family.experts[0], tmp_path / "ours", Wanted(RANK, svd="exact"))
     theirs, ours = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
-    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text(encoding="utf-8"))
     compared = 0
     for module in made.ranks:
         names = [f"base_model.model.{module}.lora_{side}.weight" for side in "BA"]

@@ -113,7 +113,7 @@ def test_the_same_adapter(
     name: str, method: str, adapters: dict[str, Path], theirs: dict[str, Path], tmp_path: Path
 ) -> None:
     rival = theirs[f"{name}-{method}"]
-    assert (rival / "merged").is_dir(), (rival / "error.txt").read_text()
+    assert (rival / "merged").is_dir(), (rival / "error.txt").read_text(encoding="utf-8")
     found = merge(adapter_recipe(adapters[name], method), tmp_path)
     other, exact = read_tensors(rival / "merged"), merged_in_float64(adapters[name])
     base = read_tensors(adapters[name] / "base")
@@ -195,7 +195,7 @@ def from_files(states: Path, mergekit_python: Path, tmp_path_factory: pytest.Tem
 @pytest.mark.parametrize("name", BARE)
 def test_the_same_state_dict(name: str, states: Path, from_files: dict[str, Path], tmp_path: Path) -> None:
     case = BARE[name]
-    assert (from_files[name] / "merged").is_dir(), (from_files[name] / "error.txt").read_text()
+    assert (from_files[name] / "merged").is_dir(), (from_files[name] / "error.txt").read_text(encoding="utf-8")
     found = merge(case.recipe(states), tmp_path, tensors=case.tensors)
     other = read_tensors(from_files[name] / "merged")
     assert found.keys() == other.keys() == set(case.made)
@@ -213,7 +213,7 @@ def test_mergekit_stops_where_the_base_lacks_a_tensor(states: Path, mergekit_pyt
     (tmp_path / "mergekit").mkdir()
     recipes = {"over-base": case.recipe(states)}
     rival = run_mergekit(mergekit_python, recipes, tmp_path / "mergekit", "-u", script="merge_raw_pytorch")["over-base"]
-    assert "only_b" in (rival / "error.txt").read_text()
+    assert "only_b" in (rival / "error.txt").read_text(encoding="utf-8")
     found = merge(case.recipe(states), tmp_path, tensors="union")
     assert found.keys() == set(case.made)
     assert torch.equal(found["only_b"], torch.load(states / "b.pt")["only_b"])

@@ -48,7 +48,7 @@ def as_numpy(tensor: torch.Tensor) -> Any:
 def test_same_recipe_same_model(case: Case, bench: Bench, tmp_path: Path) -> None:
     """Every tensor of both outputs is right, and they agree with each other wherever no threshold is tied."""
     rival = bench.rival[case.name]
-    assert (rival / "merged").is_dir(), (rival / "error.txt").read_text()
+    assert (rival / "merged").is_dir(), (rival / "error.txt").read_text(encoding="utf-8")
     theirs = read_tensors(rival / "merged")
     ours = read_tensors(run_mergepipe(case.recipe(bench.family, bench.dtype), tmp_path / "ours"))
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}

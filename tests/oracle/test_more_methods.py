@@ -38,7 +38,7 @@ def more(request: pytest.FixtureRequest, mergekit_python: Path, tmp_path_factory
 def test_same_recipe_same_model(case: MoreCase, more: Bench, tmp_path: Path) -> None:
     """Every tensor of both outputs is right, and they agree wherever only one answer is."""
     rival = more.rival[case.name]
-    assert (rival / "merged").is_dir(), (rival / "error.txt").read_text()
+    assert (rival / "merged").is_dir(), (rival / "error.txt").read_text(encoding="utf-8")
     theirs = read_tensors(rival / "merged")
     ours = read_tensors(run_mergepipe(case.recipe(more.family, more.dtype), tmp_path / "ours"))
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}

@@ -332,7 +332,7 @@ def biggest(folder: Path) -> float:
 def test_same_recipe_same_model(case: Case, models: Path, rival: dict[str, Path], tmp_path: Path) -> None:
     """The same tensors, and a model that loads with its layers."""
     theirs = rival[case.name]
-    assert (theirs / "merged").is_dir(), (theirs / "error.txt").read_text()
+    assert (theirs / "merged").is_dir(), (theirs / "error.txt").read_text(encoding="utf-8")
     ours = merge(yaml.safe_dump(with_paths(case.recipe, models / case.kind)), tmp_path)
     assert differing(ours, theirs / "merged", biggest(models / case.kind), case.ulps) == []
     model, info = KINDS[case.kind][1].from_pretrained(ours, output_loading_info=True, local_files_only=True)

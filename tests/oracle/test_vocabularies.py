@@ -150,10 +150,10 @@ def test_the_same_rows_for_the_same_tokens(name: str, models: Named, theirs: dic
     mergepipe.build(tmp_path / "recipe.yaml", work=tmp_path / "work", out=tmp_path / "merged")
     mergepipe.run(tmp_path / "work")
     folders = (tmp_path / "merged", theirs[name] / "merged")
-    assert folders[1].is_dir(), (theirs[name] / "error.txt").read_text()
+    assert folders[1].is_dir(), (theirs[name] / "error.txt").read_text(encoding="utf-8")
     (own, other), ids = [_tensors(path) for path in folders], [_ids(path) for path in folders]
     assert set(ids[0]) == set(ids[1])
-    sizes = [json.loads((path / "config.json").read_text())["vocab_size"] for path in folders]
+    sizes = [json.loads((path / "config.json").read_text(encoding="utf-8"))["vocab_size"] for path in folders]
     assert sizes[0] == sizes[1]
     assert set(own) == set(other)
     if "chat_template" in case.keys(models):

@@ -15,7 +15,7 @@ from typing import Any
 
 def anonymous() -> int:
     """Anonymous memory of this process, in bytes."""
-    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert match is not None
     return int(match[1]) * 1024
 

@@ -38,7 +38,7 @@ def result(path: Path, figures: dict[str, list[float]], benchmark: str = "run", 
 )
 def test_verdicts(before: list[float], after: list[float], verdict: str, tmp_path: Path) -> None:
     old, new = result(tmp_path / "old", {"wall": before}), result(tmp_path / "new", {"wall": after})
-    (found,) = compare(json.loads(old.read_text()), json.loads(new.read_text()))
+    (found,) = compare(json.loads(old.read_text(encoding="utf-8")), json.loads(new.read_text(encoding="utf-8")))
     assert found.verdict == verdict
     assert found.ratio == sorted(after)[len(after) // 2] / sorted(before)[len(before) // 2]
 
@@ -65,7 +65,7 @@ def test_two_benchmarks_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_other_versions_are_told(tmp_path: Path) -> None:
-    old = json.loads(result(tmp_path / "old", {}).read_text())
+    old = json.loads(result(tmp_path / "old", {}).read_text(encoding="utf-8"))
     new = {**old, "versions": {**old["versions"], "numba": "99"}}
     assert list(other_conditions(old, old)) == []
     assert list(other_conditions(old, new)) == [f"versions: numba was {old['versions']['numba']}, is 99"]

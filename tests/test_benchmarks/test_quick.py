@@ -26,7 +26,7 @@ def quick(name: str, tmp_path: Path) -> dict[str, Any]:
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = json.loads(saved.read_text())
+    report = json.loads(saved.read_text(encoding="utf-8"))
     assert report["versions"]["mergepipe"] != "not installed"
     assert all(math.isfinite(figure["value"]) for figure in report["figures"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json"], "temporary data was left behind"

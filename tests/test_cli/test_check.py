@@ -32,7 +32,7 @@ def told(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict[str,
 
 def rewrite(folder: Path, **keys: Any) -> None:
     """Replace keys of the recipe."""
-    recipe = yaml.safe_load((folder / "mergepipe.yaml").read_text())
+    recipe = yaml.safe_load((folder / "mergepipe.yaml").read_text(encoding="utf-8"))
     (folder / "mergepipe.yaml").write_text(yaml.safe_dump(recipe | keys))
 
 

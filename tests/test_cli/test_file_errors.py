@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mergepipe.cli.main import main
+
+from .conftest import RECIPE
 
 Output = pytest.CaptureFixture[str]
 LONG = "x" * 300
@@ -117,3 +121,24 @@ def test_a_folder_that_may_not_be_written(bound: Path, capsys: Output) -> None:
     assert "other" in err
     assert "Permission denied" in err
     assert "merged" in refused(6, ["run"], capsys)
+
+
+def in_locale(args: list[str], **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A command in the C locale."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHON"))}
+    command = [sys.executable, "-m", "mergepipe", *args]
+    return subprocess.run(command, env={**kept, "LC_ALL": "C", **environment}, capture_output=True)
+
+
+def test_recipes_are_utf_8_in_every_locale(models: Path) -> None:
+    """Python takes file names for UTF-8 in the C locale, too, unless it is told not to: then the remedy is told."""
+    (models / "expert-1").rename(models / "größe")
+    recipe = RECIPE.replace("./expert-1", "./größe  # … Größe, размер")
+    (models / "mergepipe.yaml").write_text(recipe, encoding="utf-8")
+    done = in_locale(["build"])
+    assert done.returncode == 0, done.stderr
+    assert "größe" in (models / ".mergepipe" / "plan.json").read_text(encoding="utf-8")
+    refused = in_locale(["build", "-w", "other"], PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert refused.returncode == 2
+    assert b"PYTHONUTF8=1" in refused.stderr
+    assert b"Traceback" not in refused.stderr

@@ -13,7 +13,7 @@ import pytest
 from mergepipe.cli.main import main
 from support.jobs import hashes, write_job
 
-PAGE = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "json.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n", 1)[0].strip(): part for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]}
 OPEN = {"recipe", "densities", "versions", "tensors", "side", "merges"}
 """Their keys are names of tensors, models and the like."""
@@ -54,7 +54,9 @@ def test_every_key_is_documented(job: Path, capsys: pytest.CaptureFixture[str]) 
     printed(capsys, "plan")
     assert printed(capsys, "status")["state"] == "built"
     result = printed(capsys, "run", "--quiet")
-    assert result["manifest"] == json.loads(Path(result["output"], "mergepipe_manifest.json").read_text())
+    assert result["manifest"] == json.loads(
+        Path(result["output"], "mergepipe_manifest.json").read_text(encoding="utf-8")
+    )
     printed(capsys, "status")
     assert printed(capsys, "verify")["ok"]
     shard = next(name for name in hashes(job / "merged") if name.endswith(".safetensors"))
@@ -66,7 +68,7 @@ def test_every_key_is_documented(job: Path, capsys: pytest.CaptureFixture[str]) 
     assert "ties" in {method["name"] for method in printed(capsys, "methods")["methods"]}
     printed(capsys, "methods", "scf_rkl")
     assert main(["run", "--quiet"]) == 0
-    for line in map(json.loads, (job / ".mergepipe" / "events.jsonl").read_text().splitlines()):
+    for line in map(json.loads, (job / ".mergepipe" / "events.jsonl").read_text(encoding="utf-8").splitlines()):
         missing = {f"`{name}`" for name in (*line, line["event"])} - set(
             re.findall(r"`\w+`", SECTIONS["The event log"])
         )

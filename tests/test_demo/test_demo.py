@@ -124,7 +124,9 @@ def test_the_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for family, shards in (("vision", 1), ("text", 3)):
         for name in ("base", "merged/ties-tadrop"):
             assert len(list((tmp_path / family / name).glob("*.safetensors"))) == shards
-        manifest = json.loads((tmp_path / family / "merged" / "ties-tadrop" / "mergepipe_manifest.json").read_text())
+        manifest = json.loads(
+            (tmp_path / family / "merged" / "ties-tadrop" / "mergepipe_manifest.json").read_text(encoding="utf-8")
+        )
         assert manifest["densities"]
     rows = [line.split() for line in out.splitlines() if line.startswith((" base", " expert"))]
     for table in (rows[:5], rows[5:]):

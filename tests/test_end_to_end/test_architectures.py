@@ -151,7 +151,9 @@ def test_a_merge_of_any_architecture_loads(name: str, tmp_path: Path) -> None:
         else:
             assert torch.equal(value, base[key]), key
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    assert json.loads((output / "config.json").read_text()) == json.loads((models[0] / "config.json").read_text())
+    assert json.loads((output / "config.json").read_text(encoding="utf-8")) == json.loads(
+        (models[0] / "config.json").read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize("name", PARAMS)

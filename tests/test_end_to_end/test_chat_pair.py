@@ -70,7 +70,7 @@ def test_the_primary_gives_tokens_template_and_most_of_the_weights(
 
     model, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert {name: list(keys) for name, keys in info.items() if keys} == {}
-    assert json.loads((merged / "config.json").read_text())["vocab_size"] == len(tokenizer)
+    assert json.loads((merged / "config.json").read_text(encoding="utf-8"))["vocab_size"] == len(tokenizer)
     ids = torch.tensor([tokenizer(said)["input_ids"]])
     assert torch.isfinite(model(ids).logits).all()
 

@@ -65,7 +65,7 @@ def test_the_merge_is_the_formula(recipe: dict[str, Any], family: Family, tmp_pa
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert [entry["role"] for entry in result.manifest["inputs"]].count("importance") == 2
-    card = (tmp_path / "merged" / "README.md").read_text()
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     assert "`f0` (importances)" in card
     assert "- f0" not in card, "importances are no base models of the merge"
 

@@ -187,10 +187,10 @@ def test_a_run_reads_what_the_manifest_says(models: list[Path], tmp_path: Path) 
 
 def turn_rows(saved: Path) -> None:
     """Point the one chunk of ``layers.1.norm.weight`` at the first bytes of ``embed.weight``."""
-    manifest = json.loads(saved.read_text())
+    manifest = json.loads(saved.read_text(encoding="utf-8"))
     arrays = manifest["arrays"]
     arrays["layers.1.norm.weight"]["offsets"] = arrays["embed.weight"]["offsets"][:1]
-    saved.write_text(json.dumps(manifest))
+    saved.write_text(json.dumps(manifest), encoding="utf-8")
 
 
 @pytest.mark.parametrize("how", [{}, {"chunk_size": "256KiB"}, {"reader": "direct", "memory": "288MiB"}])

@@ -357,7 +357,7 @@ def test_a_recipe_from_a_model_card(kind: str, lab: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     if "style-lora" in text:
         write_style(lab / "lab" / "style-lora")
-    Path("mergekit_config.yml").write_text(text)
+    Path("mergekit_config.yml").write_text(text, encoding="utf-8")
     notes = mergepipe.build("mergekit_config.yml").notes
     for key in ("random_seed", "embed_slerp"):
         assert any(f"`{key}` has no effect" in note for note in notes) == (key in text)
@@ -371,6 +371,6 @@ def test_a_recipe_from_a_model_card(kind: str, lab: Path, tmp_path: Path, monkey
     written = model.generate(**tokenizer("ab cd", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert written.shape[1] > 3
     assert all(isinstance(value, str) for value in tokenizer.convert_ids_to_tokens(written[0, :3].tolist()))
-    card: Any = (out / "README.md").read_text()
+    card: Any = (out / "README.md").read_text(encoding="utf-8")
     assert "mergekit" in card
     assert "story-tiny" in card

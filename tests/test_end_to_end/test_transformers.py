@@ -90,6 +90,6 @@ def test_the_shards_are_the_bases(family: Family, tmp_path: Path) -> None:
     theirs = family.base / "model.safetensors.index.json"
     assert index.exists() == theirs.exists()
     if index.exists():
-        ours, base = json.loads(index.read_text()), json.loads(theirs.read_text())
+        ours, base = json.loads(index.read_text(encoding="utf-8")), json.loads(theirs.read_text(encoding="utf-8"))
         assert ours["weight_map"] == base["weight_map"]
         assert ours["metadata"]["total_size"] == sum(t.nbytes for t in read_tensors(merged).values())

@@ -127,7 +127,7 @@ def test_a_merge_of_a_merge_adds_to_its_vocabulary(pair: tuple[Model, Model], tm
             else:
                 row = middle[number]
             assert np.allclose(found[name][number].numpy(), row, atol=1e-6), (name, token)
-    assert (out / "chat_template.jinja").read_text().startswith("<think>")
+    assert (out / "chat_template.jinja").read_text(encoding="utf-8").startswith("<think>")
 
 
 def chain_over_a_union(pair: tuple[Model, Model], folder: Path) -> tuple[list[dict[str, Any]], Model]:

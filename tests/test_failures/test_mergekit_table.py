@@ -70,7 +70,7 @@ def change(model: Path, edit: Change) -> None:
 
 
 def configure(model: Path, **values: Any) -> None:
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | values))
 
 
@@ -406,7 +406,7 @@ def test_mixed_types_give_the_type_that_the_configuration_says(here: Path) -> No
     write_recipe(here)
     assert main(["build"]) == main(["run"]) == 0
     assert {value.dtype for value in read_tensors(here / "merged").values()} == {torch.bfloat16}
-    assert json.loads((here / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((here / "merged" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
 # -- interruptions, and running again

@@ -123,7 +123,7 @@ def test_a_low_rank_fine_tune_comes_back_at_its_rank(llama: Family, tmp_path: Pa
     assert made.energy > 0.99999
     trimmed = extract(family, tmp_path / "trimmed", 8, sv_epsilon=0.01)
     assert set(trimmed.ranks.values()) == {3}
-    config = json.loads((tmp_path / "trimmed" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "trimmed" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"]) == (3, 3)
     assert config["target_modules"] == sorted(made.ranks), "not the other layers' modules of the same name"
     for name, value in applied(family, tmp_path / "trimmed").items():
@@ -145,7 +145,7 @@ def test_each_tensor_keeps_the_type_of_the_base(tmp_path: Path) -> None:
 def test_ranks_that_differ_stand_in_the_configuration(llama: Family, tmp_path: Path) -> None:
     """A module too small for the rank has a smaller one, and the factor of its update stays one."""
     made = extract(llama, tmp_path / "adapter", 30)
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     small = {name: rank for name, rank in made.ranks.items() if rank != 30}
     assert small == {f"model.layers.{n}.self_attn.{k}_proj": 24 for n in (0, 1) for k in "kv"}
     assert config["rank_pattern"] == config["alpha_pattern"] == small
@@ -375,7 +375,7 @@ def test_models_are_named_as_in_a_recipe(llama: Family, tmp_path: Path) -> None:
     made = extract_lora(tmp_path / "base.bin", f"{llama.base}+{first.output}", tmp_path / "second", Wanted(3))
     assert made.ranks == first.ranks
     assert made.whole == made.left_out == ()
-    config = json.loads((made.output / "adapter_config.json").read_text())
+    config = json.loads((made.output / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(tmp_path / "base.bin")
     products = [updates(one.output, made.ranks) for one in (first, made)]
     for module, product in products[0].items():
@@ -396,7 +396,7 @@ def test_another_scale_of_the_adapter_is_other_work(llama: Family, tmp_path: Pat
     named = f"{llama.base}+{first.output}"
     with pytest.raises(errors.Interrupted):
         extract_lora(llama.base, named, tmp_path / "second", Wanted(2), stop=stop)
-    config = json.loads((first.output / "adapter_config.json").read_text())
+    config = json.loads((first.output / "adapter_config.json").read_text(encoding="utf-8"))
     (first.output / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
     with pytest.raises(errors.OutputExistsError, match="unfinished work of another extraction"):
         extract_lora(llama.base, named, tmp_path / "second", Wanted(2))

@@ -166,13 +166,13 @@ def test_peft_loads_what_comes_out(tmp_path: Path) -> None:
     merged = merge(tmp_path / "job", trained)
     assert {path.name for path in merged.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert open_checkpoint(merged).is_adapter
-    assert "library_name: peft" in (merged / "README.md").read_text()
+    assert "library_name: peft" in (merged / "README.md").read_text(encoding="utf-8")
     base = transformers.LlamaForCausalLM.from_pretrained(family.base, local_files_only=True)
     before = base.state_dict()["model.layers.1.mlp.up_proj.weight"].clone()
     state = peft.PeftModel.from_pretrained(base, str(merged)).merge_and_unload().state_dict()
     stored = load_file(merged / "adapter_model.safetensors")
     a, b = (stored[f"{PREFIX}model.layers.1.mlp.up_proj.lora_{side}.weight"] for side in "AB")
-    change = json.loads((merged / "adapter_config.json").read_text())["lora_alpha"] / 4 * b @ a
+    change = json.loads((merged / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"] / 4 * b @ a
     torch.testing.assert_close(state["model.layers.1.mlp.up_proj.weight"], before + change)
 
 

@@ -95,7 +95,7 @@ def test_another_scale_is_another_plan(job: Path) -> None:
     recipe, options = job / "recipe.yaml", {"out": job / "other"}
     first = mergepipe.build(recipe, job / "w", **options).id  # type: ignore[arg-type]
     config = job / "lora-0" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 2}))
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"lora_alpha": 2}))
     assert mergepipe.build(recipe, job / "w", **options).id != first  # type: ignore[arg-type]
 
 

@@ -57,8 +57,11 @@ def test_files_of_one_set_of_tensors(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], (states[0][name] + 2 * states[1][name]) / 3)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["README.md", "mergepipe_manifest.json", "model.safetensors"]
-    assert "library_name" not in (tmp_path / "out" / "README.md").read_text()
-    assert json.loads((tmp_path / "out" / "mergepipe_manifest.json").read_text())["inputs"][1]["model"] == "b.bin"
+    assert "library_name" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (
+        json.loads((tmp_path / "out" / "mergepipe_manifest.json").read_text(encoding="utf-8"))["inputs"][1]["model"]
+        == "b.bin"
+    )
 
 
 def test_files_that_differ_are_an_error_by_default(files: dict[str, Any], tmp_path: Path) -> None:

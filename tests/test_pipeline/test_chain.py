@@ -315,7 +315,7 @@ def test_status_plan_verify_and_clean_know_all_merges(models: Path, capsys: pyte
     data[-1] ^= 1
     shard.write_bytes(data)
     assert [item.file for item in verify(work, full=True).damage] == [str(shard)]
-    card = (models / "merged" / "README.md").read_text()
+    card = (models / "merged" / "README.md").read_text(encoding="utf-8")
     assert card.count("merge_method:") == 4
     assert yaml.safe_load(card.split("---")[1])["base_model"] == ["a", "b", "c"]
     clean(work)

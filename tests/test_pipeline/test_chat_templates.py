@@ -78,7 +78,7 @@ def loaded(folder: Path) -> str | None:
 def test_auto_is_what_most_models_have(tmp_path: Path) -> None:
     out = merged(tmp_path, write_models(tmp_path, ["A", "B", None, "B"]), "auto")
     assert loaded(out) == "B"
-    assert "which 2 of 4 have" in (tmp_path / "notes").read_text()
+    assert "which 2 of 4 have" in (tmp_path / "notes").read_text(encoding="utf-8")
 
 
 def test_auto_among_equals_is_the_bases(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_auto_among_equals_is_the_bases(tmp_path: Path) -> None:
 
 def test_auto_without_any(tmp_path: Path) -> None:
     assert loaded(merged(tmp_path, write_models(tmp_path, [None, None]), "auto")) is None
-    assert "no model has a chat template" in (tmp_path / "notes").read_text()
+    assert "no model has a chat template" in (tmp_path / "notes").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("source", [None, "union"])
@@ -104,11 +104,11 @@ def test_it_replaces_the_one_inside_older_configurations(tmp_path: Path) -> None
     folder = Path(models[0])
     (folder / "chat_template.jinja").unlink()
     for name in ("tokenizer_config.json", "chat_template.json"):
-        values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        values = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
         (folder / name).write_text(json.dumps({**values, "chat_template": "old", "kept": 1}))
     out = merged(tmp_path, models, "chatml")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        values = json.loads((out / name).read_text())
+        values = json.loads((out / name).read_text(encoding="utf-8"))
         assert (values["chat_template"], values["kept"]) == (BUILTIN["chatml"], 1)
     assert loaded(out) == BUILTIN["chatml"]
 

@@ -39,7 +39,7 @@ def job(folder: Path, method: str, shards: int = 1, **extra: Any) -> Path:
     write_job(folder, SHAPES, shards)
     write_recipe(folder, method, **extra)
     if method in ("scf_rkl", "mda", "emr_unified"):
-        text = (folder / "recipe.yaml").read_text()
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if "weight: 0.5" not in line and "parameters:" not in line]
         (folder / "recipe.yaml").write_text("\n".join(lines if "parameters" not in extra else text.splitlines()))
     return folder
@@ -89,9 +89,9 @@ def test_changes_against_the_textbook(method: str, tmp_path: Path) -> None:
                 continue
             bound = expected["norm"] / (singular[k - 1] - singular[k])
             assert found["rotation"][str(k)] == pytest.approx(bound, rel=1e-6)
-    assert json.loads((folder / "work-out" / "mergepipe_manifest.json").read_text())["tensors"] == json.loads(
-        json.dumps(result.manifest["tensors"])
-    )
+    assert json.loads((folder / "work-out" / "mergepipe_manifest.json").read_text(encoding="utf-8"))[
+        "tensors"
+    ] == json.loads(json.dumps(result.manifest["tensors"]))
 
 
 def test_small_changes_of_entropy_keep_their_digits() -> None:

@@ -84,7 +84,7 @@ def test_weights_are_merged_as_what_they_stand_for(kind: str, tmp_path: Path) ->
         expected = b + 0.25 * (fine[name].double() - b) + 0.25 * (plain[name].double() - b)
         assert value.dtype == torch.bfloat16
         torch.testing.assert_close(value.double(), expected, rtol=2**-8, atol=1e-6)
-    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == {"model_type": "llama"}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8")) == {"model_type": "llama"}
 
 
 def test_passing_through_dequantises_and_any_cut_gives_the_same(tmp_path: Path) -> None:

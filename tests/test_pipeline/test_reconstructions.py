@@ -26,12 +26,14 @@ def test_reconstructions_are_told(method: str, extra: dict[str, object], used: l
     if method in ("mda", "scf_rkl"):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(
-            recipe.read_text().replace("weight: 0.5", "{}").replace("parameters:\n    {}", "parameters: {}")
+            recipe.read_text(encoding="utf-8")
+            .replace("weight: 0.5", "{}")
+            .replace("parameters:\n    {}", "parameters: {}")
         )
     result = mergepipe.run(build_job(tmp_path), workers=1)
     told = result.manifest["reconstructions"]
     assert list(told) == used
-    card = (result.output / "README.md").read_text()
+    card = (result.output / "README.md").read_text(encoding="utf-8")
     for name in used:
         declared = METHODS.get(name) or SPARSIFIERS[name]
         assert told[name]["specification"] == declared.specification

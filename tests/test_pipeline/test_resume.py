@@ -231,7 +231,7 @@ def test_restart_leaves_the_files_of_others(job: Path) -> None:
             mergepipe.run(job / "work", restart=restart)
     with pytest.raises(OutputExistsError):
         build_job(job)
-    assert (job / "merged" / "config.json").read_text() == "precious"
+    assert (job / "merged" / "config.json").read_text(encoding="utf-8") == "precious"
 
 
 def test_other_versions_are_refused(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_torn_statistics_stop_nobody(job: Path, expected: dict[str, str]) -> Non
 def test_the_event_log(job: Path) -> None:
     interrupt(job / "work", 3)
     mergepipe.run(job / "work")
-    lines = [json.loads(line) for line in (job / "work" / "events.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (job / "work" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     kinds = [line["event"] for line in lines]
     assert kinds.count("RunStarted") == 2
     assert kinds.count("Stopped") == 1
@@ -418,7 +418,7 @@ def test_a_single_file_is_handed_over_last(tmp_path: Path) -> None:
         mergepipe.run(work, on_shard="false {path}")
     for _ in range(2):
         mergepipe.run(work, on_shard=f"echo {{path}} >> '{seen}'")
-    assert seen.read_text().splitlines() == [str(tmp_path / "merged" / "model.safetensors")]
+    assert seen.read_text(encoding="utf-8").splitlines() == [str(tmp_path / "merged" / "model.safetensors")]
 
 
 # ── Ctrl-C ──

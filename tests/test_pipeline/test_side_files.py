@@ -33,7 +33,7 @@ def merge(folder: Path, **more: Any) -> Path:
     """Two models of one tokenizer; the first lends its files."""
     tokenizer = byte_tokenizer(["ab"])
     models = [write_model(folder / name, tokenizer, seed, template="T") for seed, name in enumerate("ab")]
-    config = json.loads((models[0].folder / "config.json").read_text())
+    config = json.loads((models[0].folder / "config.json").read_text(encoding="utf-8"))
     (models[0].folder / "config.json").write_text(json.dumps(config | CONFIG))
     (models[0].folder / "generation_config.json").write_text('{"top_k":  7, "eos_token_id": [1]}')
     (models[0].folder / "preprocessor_config.json").write_text("{}")
@@ -57,9 +57,9 @@ def test_files_are_the_bases_to_the_byte(tmp_path: Path) -> None:
 def test_only_the_type_changes_and_where_parts_repeat_it(tmp_path: Path) -> None:
     """Keys keep their order."""
     out = merge(tmp_path, dtype="bfloat16")
-    expected = json.loads((tmp_path / "a" / "config.json").read_text())
+    expected = json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))
     expected["dtype"] = expected["text_config"]["dtype"] = "bfloat16"
-    assert list(json.loads((out / "config.json").read_text()).items()) == list(expected.items())
+    assert list(json.loads((out / "config.json").read_text(encoding="utf-8")).items()) == list(expected.items())
 
 
 def test_a_type_that_is_there_already_changes_nothing(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_modes_are_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> N
 
 def test_the_card(tmp_path: Path) -> None:
     """Its front matter is what the hub reads; below stand the method with its paper, and the recipe."""
-    text = (merge(tmp_path, tokenizer_source="union") / "README.md").read_text()
+    text = (merge(tmp_path, tokenizer_source="union") / "README.md").read_text(encoding="utf-8")
     front, _, body = text.removeprefix("---\n").partition("\n---\n")
     values = yaml.safe_load(front)
     assert values["base_model"] == ["a", "b"]
@@ -138,13 +138,13 @@ def test_a_file_that_changes_during_the_work_is_refused_and_the_weights_are_kept
     with pytest.raises(InputChangedError, match=r"config\.json"):
         mergepipe.run(job / "work", on_event=change)
     assert not (job / "merged" / "model.safetensors").exists()
-    plan = json.loads((job / "work" / "plan.json").read_text())["id"]
+    plan = json.loads((job / "work" / "plan.json").read_text(encoding="utf-8"))["id"]
     build_job(job)
-    assert json.loads((job / "work" / "plan.json").read_text())["id"] == plan
+    assert json.loads((job / "work" / "plan.json").read_text(encoding="utf-8"))["id"] == plan
     told: list[str] = []
     mergepipe.run(job / "work", on_event=lambda event: told.append(str(event)))
     assert any("going on with an earlier run" in text for text in told)
-    assert json.loads((job / "merged" / "config.json").read_text())["model_type"] == "other"
+    assert json.loads((job / "merged" / "config.json").read_text(encoding="utf-8"))["model_type"] == "other"
 
 
 def test_a_finished_merge_with_older_files_is_not_taken_for_that_of_a_new_build(job: Path) -> None:
@@ -195,7 +195,10 @@ def test_the_manifest_has_the_peak_of_what_follows_the_weights(job: Path, monkey
 
     monkeypatch.setattr(outputs, "put_side_files", hungry)
     assert mergepipe.run(job / "work").manifest["peak_anonymous_bytes"] == size
-    assert json.loads((job / "merged" / "mergepipe_manifest.json").read_text())["peak_anonymous_bytes"] == size
+    assert (
+        json.loads((job / "merged" / "mergepipe_manifest.json").read_text(encoding="utf-8"))["peak_anonymous_bytes"]
+        == size
+    )
 
 
 def read_plan(job: Path) -> Plan:

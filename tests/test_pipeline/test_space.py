@@ -53,7 +53,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         give_heads(tmp_path)
     else:
         write_job(tmp_path, SHAPES, method="emr_unified")
-        recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+        recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8"))
         for model in recipe["models"]:
             del model["parameters"]
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

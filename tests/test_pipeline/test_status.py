@@ -54,7 +54,7 @@ def test_the_life_of_a_job(work: Path, tmp_path: Path) -> None:
     assert 0 < found.done_bytes < found.total_bytes
     assert f"mergepipe run --work {work}" in found.remedy
     assert (found.worked_bytes, found.work_bytes) == (None, None)
-    with WorkspaceLock(Workspace(work)), open(work / "events.jsonl", "a") as log:
+    with WorkspaceLock(Workspace(work)), open(work / "events.jsonl", "a", encoding="utf-8") as log:
         log.write('{"at": 1.0, "event": "Progress", "done_bytes": 3, "total_bytes": 9}\n{"event": "TensorFinished"}\n')
         log.flush()
         running = status(work)

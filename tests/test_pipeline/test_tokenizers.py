@@ -143,7 +143,9 @@ def test_which_tokenizers_cut_texts_into_the_entries_of_others(
 def test_special_tokens_and_settings_are_the_origins(tmp_path: Path) -> None:
     byte_tokenizer(["ab"]).save_pretrained(tmp_path / "one")
     path = tmp_path / "one" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left", "model_max_length": 77}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"padding_side": "left", "model_max_length": 77})
+    )
     one = read_tokenizer(str(tmp_path / "one"))
     assert one is not None
     two = saved(byte_tokenizer(["ab"], {"<x>": True}), tmp_path / "two")

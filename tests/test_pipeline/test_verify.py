@@ -166,7 +166,7 @@ def test_a_manifest_is_proved_before_it_is_believed(
 
 def test_an_index_of_other_folders_is_damage(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = job / "merged" / "model.safetensors.index.json"
-    whole = index.read_text()
+    whole = index.read_text(encoding="utf-8")
     try:
         for text in ('{"weight_map": []}', '{"weight_map": {"a": "../b"}}', "7"):
             index.write_text(text)

@@ -105,7 +105,7 @@ def test_a_union_keeps_the_bases_ids_and_gives_every_model_every_row(
     assert set(ids) == {token for model in models for token in model.vocab}
     assert order[0].vocab.items() <= ids.items()
     check_rows(tmp_path, plan, ids, order, None if base is None else 0)
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == len(ids)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))["vocab_size"] == len(ids)
     merged = mergepipe_tables(tmp_path / "merged")
     for name in TABLES:
         mean = np.mean([expected_rows(ids, order, name, n, base=None if base is None else 0) for n in range(4)], axis=0)
@@ -187,7 +187,7 @@ def test_padding_is_the_mean_of_all_rows(models: list[Model], tmp_path: Path) ->
             assert len(found) == rows
             assert np.array_equal(found[: len(ids)], expected)
             assert np.allclose(found[len(ids) :], expected.mean(axis=0), rtol=1e-7, atol=1e-9)
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == rows
+    assert json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))["vocab_size"] == rows
 
 
 def test_rows_beyond_the_tokenizer_are_left_out_and_said_so(tmp_path: Path) -> None:
@@ -237,13 +237,13 @@ def test_ids_of_special_tokens_move_with_their_tokens(models: list[Model], tmp_p
     other = write_model(tmp_path / "other", target, 2)
     plan = build(tmp_path / "job", recipe([own, other], own, tokenizer_source=f"model:{other.folder}"))
     mergepipe.run(tmp_path / "job" / "work")
-    config = json.loads((tmp_path / "job" / "merged" / "config.json").read_text())
+    config = json.loads((tmp_path / "job" / "merged" / "config.json").read_text(encoding="utf-8"))
     rows = len(target)
     assert config["eos_token_id"] == [1]
     assert config["pad_token_id"] == 2  # the token is gone: what the tokenizer pads with
     assert config["text_config"] == {"image_token_index": target.get_vocab()["<image>"], "vocab_size": rows}
     assert (config["vocab_size"], config["num_image_tokens"], config["bos_token_id"]) == (rows, 4, 0)
-    generation = json.loads((tmp_path / "job" / "merged" / "generation_config.json").read_text())
+    generation = json.loads((tmp_path / "job" / "merged" / "generation_config.json").read_text(encoding="utf-8"))
     assert generation == {"eos_token_id": 1, "top_k": 1}
     assert any("`pad_token_id`" in note for note in plan.notes)
 
@@ -398,7 +398,7 @@ def test_a_tokenizer_that_finds_the_entries_of_others_is_told(
     """One that takes whole words first, as those of Llama 3, cuts texts into what others bring."""
     first = write_model(tmp_path / "first", byte_tokenizer(["ab", "cd"]), 0)
     path = first.folder / "tokenizer.json"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     document["model"]["ignore_merges"] = ignoring
     path.write_text(json.dumps(document))
     plan = build(tmp_path / "job", recipe([first, models[3]], first, tokenizer_source="union"))

@@ -16,7 +16,7 @@ from mergepipe.tasks.method import MergeMethod, Sparsifier
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 from support.whole import family, write
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text()
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
 WORDS = ("when", "cost", "parameter", "how sure", "```yaml")
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (8, 12),

@@ -38,7 +38,7 @@ SHIPPED = modules(*LAYERS, "src/mergepipe")
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of everything that a file imports; `from a import b` counts as a.b."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,7 +57,7 @@ def relative(path: Path) -> str:
 
 
 def test_every_package_on_disk_is_listed() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     on_disk = {"mergepipe"}
     for path in modules(*LAYERS):
         on_disk.add(".".join(["mergepipe", *path.relative_to(ROOT).parent.parts]))
@@ -70,7 +70,7 @@ def test_every_package_on_disk_is_listed() -> None:
 def test_every_package_says_what_it_is_for(folder: Path) -> None:
     source = folder / "__init__.py"
     assert source.is_file(), f"{relative(folder)} has no __init__.py"
-    assert ast.get_docstring(ast.parse(source.read_text())), f"{relative(source)} has no docstring"
+    assert ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))), f"{relative(source)} has no docstring"
 
 
 @pytest.mark.parametrize("path", modules(*LAYERS), ids=relative)
@@ -89,25 +89,35 @@ def test_errors_import_nothing_of_ours() -> None:
 
 
 def test_face_is_small() -> None:
-    lines = {path.name: len(path.read_text().splitlines()) for path in modules("src/mergepipe")}
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in modules("src/mergepipe")}
     assert sum(lines.values()) < 200, lines
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=relative)
 def test_nothing_is_left_over(path: Path) -> None:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         assert not FORBIDDEN.search(line), f"{relative(path)}:{number}: {line.strip()}"
 
 
 @pytest.mark.parametrize("path", modules("pipeline", "tasks", "storage", "src/mergepipe"), ids=relative)
 def test_only_the_command_line_prints(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
         assert called != "print", f"{relative(path)}:{node.lineno}: send an event or log it"
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=relative)
+def test_text_has_an_encoding(path: Path) -> None:
+    """That of the locale is another on another machine."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            named = any(keyword.arg == "encoding" for keyword in node.keywords)
+            text = node.func.attr in ("read_text", "write_text")
+            assert named or not text, f"{relative(path)}:{node.lineno}: say encoding='utf-8'"
+
+
 def test_version_is_in_the_changelog() -> None:
-    assert f"## {mergepipe.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {mergepipe.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_public_names_are_there() -> None:

@@ -280,4 +280,7 @@ def test_chunks_and_workers_change_no_byte(tmp_path: Path, method: str) -> None:
 def test_the_manifest_names_what_was_done(tmp_path: Path) -> None:
     base, experts = whole.family(14, shapes={"a": (50,)})
     whole.merged(tmp_path, base, experts, EMR)
-    assert json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text())["method"] == "emr_unified"
+    assert (
+        json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text(encoding="utf-8"))["method"]
+        == "emr_unified"
+    )

@@ -61,7 +61,7 @@ def test_trimming_over_the_whole_model(tmp_path: Path, tie_rule: str, dtypes: An
     for name, value in expected.items():
         tolerance = 0 if value.size == 0 else {"bfloat16": 2**-8, "float64": 1e-12}.get(kind(dtypes, name), 1e-6)
         np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=1e-9, err_msg=name)
-    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text())["densities"]
+    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text(encoding="utf-8"))["densities"]
     kept = sum(np.array(densities[name]) * base[name].size for name in base)
     assert (kept >= int(0.3 * sum(value.size for value in base.values())) - 1e-6).all()
     if tie_rule == "index":
@@ -147,7 +147,7 @@ def test_tadrop_to_a_target(tmp_path: Path, scope: str, host: str) -> None:
             base[name], thinned, [1.0] * 3, "sum" if host == "ties" else "none", host == "ties"
         )
         np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-9, err_msg=name)
-    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text())["densities"]
+    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text(encoding="utf-8"))["densities"]
     kept = sum(np.array(densities[name]) * base[name].size for name in names) / sizes.sum(0)
     np.testing.assert_allclose(kept if scope == "task" else kept.mean(), 0.4, atol=2e-4)
 
@@ -161,7 +161,7 @@ def test_tadrop_leaves_excluded_tensors_out_of_the_sum(tmp_path: Path, leave: di
     np.testing.assert_allclose(
         found["embed.weight"], sum(e["embed.weight"] for e in experts) - 2 * base["embed.weight"]
     )
-    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text())["densities"]
+    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text(encoding="utf-8"))["densities"]
     rest = [name for name in base if name != "embed.weight" and base[name].size]
     kept = sum(np.array(densities[name]) * base[name].size for name in rest) / sum(base[name].size for name in rest)
     np.testing.assert_allclose(kept, 0.3, atol=2e-4)
@@ -177,7 +177,7 @@ def test_tensors_with_other_targets_are_calibrated_apart(tmp_path: Path) -> None
     }
     recipe = {"merge_method": "task_arithmetic", "sparsify": sparsify, "parameters": {"weight": 1.0}}
     whole.merged(tmp_path, base, experts, recipe)
-    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text())["densities"]
+    densities = json.loads((tmp_path / "merged" / "mergepipe_manifest.json").read_text(encoding="utf-8"))["densities"]
     sizes = {name: value.size for name, value in base.items() if value.size}
     for target, names in ((0.2, ["embed.weight"]), (0.4, [name for name in sizes if name != "embed.weight"])):
         kept = sum(np.mean(densities[name]) * sizes[name] for name in names) / sum(sizes[name] for name in names)

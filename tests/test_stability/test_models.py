@@ -194,7 +194,9 @@ def test_models_that_can_not_be_judged(pair: tuple[Path, Path], tmp_path: Path) 
 def test_code_in_a_folder_is_not_run(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", make_tokenizer())
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    config = (folder / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "evil"')
+    config = (
+        (folder / "config.json").read_text(encoding="utf-8").replace('"model_type": "llama"', '"model_type": "evil"')
+    )
     config = config.replace("{", '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},', 1)
     (folder / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match="transformers does not load"):

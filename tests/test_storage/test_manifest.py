@@ -104,7 +104,7 @@ def test_an_altered_entry_is_followed(tmp_path: Path) -> None:
     data = write_shard(tmp_path / "model.safetensors", {"a": ("BF16", (64, 4)), "b": ("BF16", (64, 4))})
     path = tmp_path / "manifest.json"
     virtual_manifest(open_checkpoint(tmp_path), 128).save(path)
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     document["arrays"]["a"]["offsets"][1] = document["arrays"]["b"]["offsets"][2]
     path.write_text(json.dumps(document))
     altered = ChunkManifest.load(path)
@@ -156,7 +156,7 @@ def test_a_manifest_that_contradicts_itself(path: str, value: object, tmp_path: 
     write_shard(tmp_path / "model.safetensors", {"a": ("BF16", (64, 4))})
     file = tmp_path / "manifest.json"
     virtual_manifest(open_checkpoint(tmp_path), 128).save(file)
-    document = json.loads(file.read_text())
+    document = json.loads(file.read_text(encoding="utf-8"))
     alter(document, path, value)
     file.write_text(json.dumps(document))
     with pytest.raises(WorkspaceError, match="no valid chunk manifest"):

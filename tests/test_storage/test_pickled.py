@@ -112,7 +112,7 @@ class Attack:
 
 
 def _touch(path: str) -> None:
-    Path(path).write_text("executed")
+    Path(path).write_text("executed", encoding="utf-8")
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

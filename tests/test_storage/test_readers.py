@@ -176,7 +176,7 @@ def test_many_threads_few_descriptors(files: dict[str, bytes]) -> None:
 
 
 def resident_file_pages() -> int:
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
 
 

@@ -189,7 +189,7 @@ def test_an_altered_entry_is_followed(model: tuple[ChunkManifest, dict[str, byte
     manifest, data = model
     path = tmp_path / "manifest.json"
     manifest.save(path)
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     entry = document["arrays"]["model.layers.0.up.weight"]
     entry["offsets"][0], entry["offsets"][1] = entry["offsets"][1], entry["offsets"][0]
     path.write_text(json.dumps(document))
@@ -211,7 +211,7 @@ def test_stock_kerchunk_reader(model: tuple[ChunkManifest, dict[str, bytes]], tm
     inlined = [key for key, value in references.items() if isinstance(value, str) and value.startswith("base64:")]
     assert inlined, "the last tensor of a file is padded beyond its end"
     assert len(inlined) <= 2 * len(manifest.files)
-    fs = ReferenceFileSystem(fo=json.loads(path.read_text()), asynchronous=True)
+    fs = ReferenceFileSystem(fo=json.loads(path.read_text(encoding="utf-8")), asynchronous=True)
     store = FsspecStore(fs, read_only=True, path="")
     assert_every_tensor(zarr.open_group(store, mode="r"), data)
 

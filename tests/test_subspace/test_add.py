@@ -89,7 +89,7 @@ def test_against_the_reference(tmp_path: Path, dtypes: Any, svd: str) -> None:
 def test_the_update_has_the_mean_norm_of_the_task_vectors(tmp_path: Path) -> None:
     base, experts, paths = family(tmp_path, dtypes="float64")
     out = merge(tmp_path, paths, "merged")
-    manifest = json.loads((out / "mergepipe_manifest.json").read_text())
+    manifest = json.loads((out / "mergepipe_manifest.json").read_text(encoding="utf-8"))
     norms = [np.linalg.norm(whole.flat(expert) - whole.flat(base)) for expert in experts]
     np.testing.assert_allclose(manifest["task_norms"], norms, rtol=1e-12)
     merged = np.linalg.norm(whole.flat(whole.read(out)) - whole.flat(base))
@@ -130,7 +130,9 @@ def test_adding_gives_the_bytes_of_all_at_once(tmp_path: Path, more: dict[str, A
     assert weights(result.output) == weights(expected)
     inputs = [(entry["model"], entry["role"]) for entry in result.manifest["inputs"]]
     assert inputs == [("base", "base"), ("a", "model"), ("b", "model"), ("c", "model")]
-    assert (result.output / "README.md").read_text() == (expected / "README.md").read_text()
+    assert (result.output / "README.md").read_text(encoding="utf-8") == (expected / "README.md").read_text(
+        encoding="utf-8"
+    )
     kept, direct = (load_file(out / "opcm" / "model.safetensors") for out in (result.output, expected))
     for name, values in direct.items():
         np.testing.assert_array_equal(kept[name], values)

@@ -205,7 +205,7 @@ def test_whole_matrices_may_take_half_of_the_memory(tmp_path: Path) -> None:
 
 def test_identical_models_are_merged_with_a_note(tmp_path: Path) -> None:
     folder = write(tmp_path)
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     shutil.copytree(folder / "expert-1", folder / "twin")
     recipe["models"] = [{"model": str(folder / "expert-1")}, {"model": str(folder / "twin")}]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
