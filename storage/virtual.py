@@ -24,6 +24,7 @@ from mergepipe.storage.chunks import grid_shape
 from mergepipe.storage.hierarchy import chunk_bytes, chunk_keys, hierarchy_documents
 from mergepipe.storage.manifest import ChunkManifest, ManifestArray, Segment
 from mergepipe.storage.readers import Descriptors
+from mergepipe.storage.recycled import Recycled
 
 
 class VirtualStore(Store):
@@ -37,7 +38,7 @@ class VirtualStore(Store):
     Notes
     -----
     Chunks are read with plain reads, never mapped, so a truncated file is an error here and can't be a crash. The
-    missing part of a padded chunk reads as zeros.
+    missing part of a padded chunk reads as zeros. The memory of a chunk that nobody holds any more is used again.
 
     Examples
     --------
@@ -54,6 +55,7 @@ class VirtualStore(Store):
         self._manifest = manifest
         self._documents = hierarchy_documents(manifest)
         self._descriptors = Descriptors()
+        self._memory = Recycled()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VirtualStore) and self._manifest is other._manifest
@@ -110,7 +112,7 @@ class VirtualStore(Store):
 
     def _read(self, array: ManifestArray, number: int, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         valid = min(max(int(array.lengths[number]) - start, 0), stop - start)
-        out = np.empty(stop - start, np.uint8)
+        out = self._memory.array(stop - start)
         path = self._manifest.files[array.files[number]].path
         self._descriptors.read_into(Segment(path, int(array.offsets[number]) + start, valid), out[:valid].data)
         out[valid:] = 0

@@ -160,6 +160,22 @@ def test_it_can_be_pickled(model: tuple[ChunkManifest, dict[str, bytes]]) -> Non
     assert_every_tensor(zarr.open_group(store, mode="r"), model[1])
 
 
+def test_chunks_are_read_into_the_same_memory_again_but_not_into_what_is_held(tmp_path: Path) -> None:
+    data = write_shard(tmp_path / "model.safetensors", {"w": ("U8", (3, 2**20))})
+    store = VirtualStore(virtual_manifest(open_checkpoint(tmp_path), 2**20))
+
+    def chunk(number: int) -> np.ndarray[Any, Any]:
+        found = sync(store.get(f"w/c.{number}.0", default_buffer_prototype()))
+        assert found is not None
+        return np.asarray(found.as_numpy_array())
+
+    address = chunk(0).ctypes.data
+    held = chunk(1)
+    assert held.ctypes.data == address
+    assert chunk(2).ctypes.data != address
+    assert held.tobytes() == data["w"][2**20 : 2**21]
+
+
 def test_a_truncated_shard_is_an_error(model: tuple[ChunkManifest, dict[str, bytes]]) -> None:
     manifest, _ = model
     os.truncate(manifest.files[0].path, 4000)
