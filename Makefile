@@ -69,13 +69,20 @@ bench: $(READY)  ## the benchmarks in minutes, at sizes that show where time goe
 	$(BIN)/python -m benchmarks.bench_plan --size 70B --repeats 1 --json $(RESULTS)/plan.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_tadrop --json $(RESULTS)/tadrop.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_rkl --json $(RESULTS)/rkl.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_store --json $(RESULTS)/store.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_write --json $(RESULTS)/write.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_start --json $(RESULTS)/start.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_svd --size medium --route randomized --json $(RESULTS)/svd.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_memory --json $(RESULTS)/memory.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_growth --size 0.1B --size 0.3B --models 2 --models 3 --json $(RESULTS)/growth.json $(ARGS)
 
 bench-full: $(READY)  ## every benchmark at full size, in an hour or two and 40 GB; results in build/bench-full
 	mkdir -p $(RESULTS)-full
-	for bench in $(filter-out bench_gpu,$(basename $(notdir $(wildcard benchmarks/bench_*.py)))); do \
+	for bench in $(filter-out bench_gpu bench_svd,$(basename $(notdir $(wildcard benchmarks/bench_*.py)))); do \
 	  echo "== $$bench"; \
 	  $(BIN)/python -m benchmarks.$$bench --json $(RESULTS)-full/$${bench#bench_}.json $(ARGS) || exit 1; \
 	done
+	$(BIN)/python -m benchmarks.bench_svd --size full --json $(RESULTS)-full/svd.json $(ARGS)
 
 bench-gpu: $(READY)  ## a GPU against the CPU: SVD units and row scoring of 70B-sized matrices
 	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)

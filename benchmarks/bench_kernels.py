@@ -51,7 +51,7 @@ class Merge:
 
     def __init__(self, method: str, streams: list[Array], density: float) -> None:
         self.method = METHODS[method]
-        self.streams = streams if self.method.base == "required" else streams[1:]
+        self.take(streams)
         models = len(streams) - 1
         shared = {p.name: p.default for p in self.method.parameters if not p.per_model}
         own = {p.name: p.default for p in self.method.parameters if p.per_model} | {"weight": 0.5}
@@ -66,6 +66,10 @@ class Merge:
         self.scratch = np.empty((self.method.scratch_rows, BLOCK_ELEMENTS), np.float32)
         self.merged = np.empty(BLOCK_ELEMENTS, np.float32)
         self.out = np.empty_like(streams[0])
+
+    def take(self, streams: list[Array]) -> None:
+        """Work on other streams of the same length from now on: the base first, whether the method takes it or not."""
+        self.streams = streams if self.method.base == "required" else streams[1:]
 
     def reduce(self) -> None:
         """All sweeps: exact thresholds, where the method takes them."""

@@ -1,4 +1,4 @@
-"""The disk without us: reading the inputs and writing the output, in 8 MiB pieces, and doing nothing else."""
+"""The disk without us: reading the inputs, writing the output, or both, in large pieces, and doing nothing else."""
 
 from __future__ import annotations
 
@@ -6,15 +6,76 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.data import drop_from_cache
 
 PIECE = 8 << 20
 _PAGE = 4096
+
+Job = tuple[bool, int, int, int]
+"""Whether it writes, descriptor, offset, length."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a piece of work in this process took: elapsed seconds, and CPU seconds of all threads."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def spent(work: Callable[[], object]) -> Spent:
+    """Do the work and say what it took."""
+    began, used = time.perf_counter(), time.process_time()
+    work()
+    return Spent(time.perf_counter() - began, time.process_time() - used)
+
+
+def read_alone(inputs: Sequence[Path], piece: int, *, direct: bool, threads: int = 1) -> None:
+    """Read every byte of some files into reused memory, one file after the other.
+
+    Parameters
+    ----------
+    inputs : sequence of Path
+    piece : int
+        Bytes per call; whole pages.
+    direct : bool
+        Past the page cache or through it.
+    threads : int
+
+    Raises
+    ------
+    OSError
+        If the file system knows no O_DIRECT.
+    """
+    with ExitStack() as stack:
+        sources = [_open(stack, path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in inputs]
+        jobs = [(False, fd, at, piece) for fd in sources for at in range(0, os.fstat(fd).st_size, piece)]
+        _move_all(jobs, threads)
+
+
+def write_alone(output: Path, nbytes: int, source: memoryview, *, direct: bool) -> None:
+    """Allocate a new file, write `nbytes` to it from the same memory again and again, and make it durable.
+
+    Raises
+    ------
+    OSError
+        If the file system knows no O_DIRECT.
+    """
+    size = -(-nbytes // _PAGE) * _PAGE if direct else nbytes
+    with ExitStack() as stack:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0)
+        target = _open(stack, output, flags)
+        os.posix_fallocate(target, 0, size)
+        for offset in range(0, size, len(source)):
+            piece = source[: min(len(source), size - offset)]
+            assert os.pwrite(target, piece, offset) == len(piece), "the disk is full"
+        os.fsync(target)
 
 
 def io_alone(inputs: Sequence[Path], output: Path, nbytes: int, *, direct: bool, threads: int = 2) -> float:
@@ -46,11 +107,8 @@ def io_alone(inputs: Sequence[Path], output: Path, nbytes: int, *, direct: bool,
         sources = [_open(stack, path, os.O_RDONLY | flag) for path in inputs]
         target = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_EXCL | flag)
         os.posix_fallocate(target, 0, size)
-        local = threading.local()
         began = time.perf_counter()
-        with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(_move, local, *job) for job in _jobs(sources, target, size)]:
-                done.result()
+        _move_all(_jobs(sources, target, size), threads)
         os.fdatasync(target)
         return time.perf_counter() - began
 
@@ -70,8 +128,8 @@ def _open(stack: ExitStack, path: Path, flags: int) -> int:
     return descriptor
 
 
-def _jobs(sources: Sequence[int], target: int, size: int) -> list[tuple[bool, int, int, int]]:
-    """(is a write, descriptor, offset, length), with the writes spread evenly among the reads."""
+def _jobs(sources: Sequence[int], target: int, size: int) -> list[Job]:
+    """The writes spread evenly among the reads."""
     reads = []
     ends = [os.fstat(source).st_size for source in sources]
     for offset in range(0, max(ends), PIECE):
@@ -80,6 +138,13 @@ def _jobs(sources: Sequence[int], target: int, size: int) -> list[tuple[bool, in
     places = [(i + 1) * len(reads) / len(writes) for i in range(len(writes))]
     keyed = [*((float(i), job) for i, job in enumerate(reads)), *zip(places, writes, strict=True)]
     return [job for _, job in sorted(keyed, key=lambda item: item[0])]
+
+
+def _move_all(jobs: Sequence[Job], threads: int) -> None:
+    local = threading.local()
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(_move, local, *job) for job in jobs]:
+            done.result()
 
 
 def _move(local: threading.local, is_write: bool, descriptor: int, offset: int, length: int) -> None:
