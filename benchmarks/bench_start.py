@@ -47,8 +47,9 @@ def main(size: str, experts: int, repeats: int, quick: bool, json_path: Path | N
             recipe = ties_recipe(write_checkpoints(here / kind, LAYOUTS[kind], experts))
             merges = [merge_cold(recipe, here / "merge") for _ in range(repeats)]
             starts = [merge.start_s for merge in merges]
-            report.add(f"run of {kind} parameters until it begins to read", starts, "s")
-            report.add(f"the same / {RUN_S} s", [start / RUN_S for start in starts], "x")
+            until = f"run of {kind} parameters until it begins to read"
+            report.add(until, starts, "s")
+            report.add(f"{until} / {RUN_S} s", [start / RUN_S for start in starts], "x")
             report.add(f"the whole run of {kind} parameters", [merge.run.wall_s for merge in merges], "s")
             report.add(f"the whole run of {kind} parameters, CPU", [merge.run.cpu_s for merge in merges], "s")
     report.save(json_path)

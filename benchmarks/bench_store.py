@@ -207,7 +207,7 @@ def _report_ways(report: Report, title: str, took: dict[str, list[Spent]]) -> No
 def _report_share(report: Report, title: str, took: dict[str, list[Spent]], plain: str, ours: str) -> None:
     pairs = list(zip(took[plain], took[ours], strict=True))
     report.add(f"{title}: rate of {ours} / {plain}", [one.wall_s / other.wall_s for one, other in pairs], "x")
-    report.add(f"{title}: the same by CPU", [one.cpu_s / other.cpu_s for one, other in pairs], "x")
+    report.add(f"{title}: CPU of {plain} / {ours}", [one.cpu_s / other.cpu_s for one, other in pairs], "x")
 
 
 if __name__ == "__main__":
