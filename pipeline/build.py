@@ -15,12 +15,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from mergepipe.errors import (
     DiskFullError,
+    MemoryBudgetError,
     MergepipeError,
 )
 from mergepipe.pipeline import outputs, stages
@@ -386,9 +388,10 @@ def _check_disks(planned: Sequence[Planned], workers: int | None, announce: Anno
     """Room for everything; or, of a result of several files, for those that are open at once, to be handed over."""
     needs = [copies_need(found.plan, found.merge.workspace) for found in planned]
     waiting = [found for found in planned if outputs.finished(found.plan) is None]
-    needs += [
-        journal_need(found.plan, found.merge.workspace, ceiling_of(found.plan, None, workers)) for found in waiting
-    ]
+    for found in waiting:
+        with suppress(MemoryBudgetError):  # told before; without units nothing is known of the journal
+            ceiling = ceiling_of(found.plan, None, workers)
+            needs.append(journal_need(found.plan, found.merge.workspace, ceiling))
     needs += [
         Need(found.merge.workspace.root, found.plan.vocabulary.made_bytes, "what is made of rows that models lack")
         for found in planned
