@@ -15,11 +15,12 @@ Where vocabularies differ, :mod:`~mergepipe.pipeline.vocabulary` says which row 
 makes a plan of that (looking once at tensors of one kind, :mod:`~mergepipe.pipeline.kinds`),
 :mod:`~mergepipe.pipeline.build` checks its memory, its disk space
 (:mod:`~mergepipe.pipeline.space`) and what is in its way, and :mod:`~mergepipe.pipeline.stores` puts it into a
-workspace. From there graphs and the run follow. A recipe of several documents is a
-:mod:`~mergepipe.pipeline.chain` of such merges: planned from what earlier plans will have made
-(:mod:`~mergepipe.pipeline.chain_plan`), run one after the other (:mod:`~mergepipe.pipeline.chain_run`). One merge may
-have two stages (:mod:`~mergepipe.pipeline.stages`); :mod:`~mergepipe.pipeline.add` plans one that goes on from a
-finished merge.
+workspace. From there graphs and the run follow: :mod:`~mergepipe.pipeline.reading` settles how inputs are read, large
+ones after a look at the disk (:mod:`~mergepipe.pipeline.probe`), and :mod:`~mergepipe.pipeline.workers` take tensors
+in the order of the output. A recipe of several documents is a :mod:`~mergepipe.pipeline.chain` of such merges: planned
+from what earlier plans will have made (:mod:`~mergepipe.pipeline.chain_plan`), run one after the other
+(:mod:`~mergepipe.pipeline.chain_run`). One merge may have two stages (:mod:`~mergepipe.pipeline.stages`);
+:mod:`~mergepipe.pipeline.add` plans one that goes on from a finished merge.
 
 Where a GPU works is settled in :mod:`~mergepipe.pipeline.devices` and :mod:`~mergepipe.pipeline.scoring`; what a merge
 found out about each tensor is told by :mod:`~mergepipe.pipeline.diagnostics`, and how each has changed measured by

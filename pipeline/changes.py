@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -34,6 +33,7 @@ from mergepipe.pipeline.inputs import Inputs
 from mergepipe.pipeline.memory import MIB, TORCH_BYTES, Ceiling, TensorShape, UnitShape, blocks_in, most_workers
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.resume import Progress
+from mergepipe.pipeline.workers import Workers
 from mergepipe.storage.checkpoint import file_info
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.journal import Journal
@@ -201,13 +201,13 @@ class Survey:
             left = [number for number in numbers if number not in self._known.changes]
             nbytes = sum(self._sweep_bytes(number) for number in left)
             self._announce(Note(f"comparing {len(left)} tensors with what they were: {nbytes:,} bytes to read"))
-            with ThreadPoolExecutor(self._ceiling.workers, "mergepipe-worker") as pool:
+            with Workers(self._ceiling.workers) as workers:
                 tasks = [
                     count_tasks(len(change.reductions(_job(self._plan.tensors[n]))), len(self._units(n))) for n in left
                 ]
                 cut = bundles(tasks, [self._plan.tensors[number].input_bytes() for number in left])
                 waiting = ([left[position] for position in bundle] for bundle in cut)
-                self._drivers.drive(waiting, partial(self._compare, pool), 2)
+                self._drivers.drive(waiting, partial(self._compare, workers), 2)
             self._find_gaps([number for number in numbers if len(self._plan.tensors[number].shape) == 2])
             return {self._plan.tensors[number].name: self._found(number) for number in numbers}
 
@@ -219,8 +219,8 @@ class Survey:
             work = partial(self._decompose, admission)
             self._drivers.drive(([number] for number in left), work, min(self._ceiling.workers, max(1, len(left))))
 
-    def _compare(self, pool: ThreadPoolExecutor, bundle: Sequence[int]) -> None:
-        run_bundle([self._graph(number) for number in bundle], pool)
+    def _compare(self, workers: Workers, bundle: Sequence[int]) -> None:
+        run_bundle([self._graph(number) for number in bundle], workers, bundle[0])
 
     def _graph(self, number: int) -> Graph:
         tensor = self._plan.tensors[number]

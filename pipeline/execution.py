@@ -1,8 +1,9 @@
 """One execution of one plan: Dask graphs over a thread pool, shards sealed as they fill.
 
 The main thread only waits, so that it can be interrupted. A few driver threads take bundle after bundle and hand each
-to Dask's threaded scheduler; all bundles share one pool. A finished unit is committed to the journal once it is
-durable; a finished tensor leaves its statistics behind and counts down its shard (:mod:`mergepipe.pipeline.shards`).
+to Dask's threaded scheduler; all bundles share the workers, and the earlier one goes first. A finished unit is
+committed to the journal once it is durable; a finished tensor leaves its statistics behind and counts down its shard
+(:mod:`mergepipe.pipeline.shards`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,6 +52,7 @@ from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.side_heads import SideHeads
 from mergepipe.pipeline.space import journal_room
 from mergepipe.pipeline.vocabulary_rows import gathered_manifests
+from mergepipe.pipeline.workers import Workers
 from mergepipe.storage.atomic import make_folder
 from mergepipe.storage.ballast import Ballast
 from mergepipe.storage.journal import Journal, read_journal
@@ -250,18 +251,18 @@ class Execution:
             "%d of %d tensors to make, %d workers, %s", len(self._todo), len(self.scheduled), self.workers, kind
         )
         self.announce(RunStarted(total, len(self.scheduled), total - left, self._allowed))
-        pool = ThreadPoolExecutor(self.workers, "mergepipe-worker")
+        workers = Workers(self.workers)
         try:
             self.shards.start()
-            self._make_rounds(pool)
+            self._make_rounds(workers)
             self._masks.open(self._rounds.state_of, begun=self._has_output)
-            self._drivers.drive(self._bundles(), lambda bundle: self._run(bundle, pool), self._driver_count)
+            self._drivers.drive(self._bundles(), lambda bundle: self._run(bundle, workers), self._driver_count)
             self.shards.commit()
             self._masks.finish()
             self._heads.write(self._reader)
             return self.shards.all_sealed()
         finally:
-            pool.shutdown(cancel_futures=True)
+            workers.close()
 
     @property
     def _has_output(self) -> bool:
@@ -289,8 +290,10 @@ class Execution:
                 self._todo.append(number)
                 self._rest[number] = rest
                 self.shards.expect(number)
-        if self.on_shard is not None:
-            self._todo.sort(key=self.shards.shard_of)
+        self._todo.sort(
+            key=self.shards.place_of
+        )  # in the order of the files, whose checksums are taken from the first byte on
+        self._rank = {number: rank for rank, number in enumerate(self._todo)}
 
     def _bytes_left(self, number: int) -> int:
         item, rest = self.scheduled[number], self._rest[number]
@@ -299,7 +302,7 @@ class Execution:
         sweeps += sum(len(one.reductions(item.tensor.job(self.plan.seed))) for one in self._rounds.left_of(number))
         return int(item.tensor.input_bytes() * (sweeps + share) + item.tensor.output.nbytes * share)
 
-    def _make_rounds(self, pool: ThreadPoolExecutor) -> None:
+    def _make_rounds(self, workers: Workers) -> None:
         """Find out what has to be known of the whole model, unless an earlier run has."""
         for which in self._rounds.left() if self._todo else ():
             group = self._rounds.groups[which[0]]
@@ -308,17 +311,17 @@ class Execution:
             tasks = [count_tasks(len(one.reductions(job)), len(item.units)) for job, item in pairs]
             cut = bundles(tasks, [item.tensor.input_bytes() for item in items])
             waiting = ([group.numbers[position] for position in bundle] for bundle in cut)
-            self._drivers.drive(waiting, partial(self._sweep, which, pool), self._driver_count)
+            self._drivers.drive(waiting, partial(self._sweep, which, workers), self._driver_count)
             self.shards.committer.add_record(round_record(*which, self._rounds.finish(which)))
             self.shards.commit()
         for number in (member for group in self._rounds.groups for member in group.numbers):
             if number not in self._progress.states:
                 self.findings.keep(number, self._rounds.state_of(number))
 
-    def _sweep(self, which: RoundId, pool: ThreadPoolExecutor, bundle: Sequence[int]) -> None:
+    def _sweep(self, which: RoundId, workers: Workers, bundle: Sequence[int]) -> None:
         """One round over some tensors."""
         with self._element_wise:
-            run_bundle([self._round_graph(which, number) for number in bundle], pool)
+            run_bundle([self._round_graph(which, number) for number in bundle], workers, bundle[0])
 
     def _round_graph(self, which: RoundId, number: int) -> Graph:
         def collect(state: State) -> None:
@@ -360,10 +363,10 @@ class Execution:
                     self.shards.make_room(number)
                 yield chosen
 
-    def _run(self, bundle: Sequence[int], pool: ThreadPoolExecutor) -> None:
+    def _run(self, bundle: Sequence[int], workers: Workers) -> None:
         """Make some tensors of the output."""
         with self._admitted(bundle):
-            run_bundle([self._graph(number) for number in bundle], pool)
+            run_bundle([self._graph(number) for number in bundle], workers, self._rank[bundle[0]])
 
     def _admitted(self, bundle: Sequence[int]) -> AbstractContextManager[object]:
         """A whole matrix waits for its bytes, a bundle of other tensors for its turn."""

@@ -23,6 +23,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from mergepipe.pipeline.workers import Workers
 from mergepipe.tasks.method import Reduction
 
 if TYPE_CHECKING:  # to plan, nodes are counted: Dask, which takes a tenth of a second to import, makes them in a run
@@ -144,15 +145,15 @@ def bundles(tasks: Sequence[int], nbytes: Sequence[int]) -> Iterator[range]:
         yield range(first, len(tasks))
 
 
-def run_bundle(graphs: Sequence[Graph], pool: Any) -> None:
-    """Compute all nodes of a bundle on the threads of `pool`, and return when they are done or one has raised."""
+def run_bundle(graphs: Sequence[Graph], workers: Workers, rank: int) -> None:
+    """Compute all nodes of a bundle, those of a lower rank first; returns when they are done or one has raised."""
     import dask.threaded
 
     merged: Graph = {}
     for graph in graphs:
         merged.update(graph)
     ends = [key for key in merged if isinstance(key, tuple) and key[0] == "done"]
-    dask.threaded.get(merged, ends, pool=pool)
+    dask.threaded.get(merged, ends, pool=workers.ranked(rank))
 
 
 def dependencies(graph: Mapping[Hashable, Task]) -> dict[Hashable, list[Hashable]]:

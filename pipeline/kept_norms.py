@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -27,6 +26,7 @@ from mergepipe.pipeline.resume import Progress
 from mergepipe.pipeline.rounds import SharedStates, groups
 from mergepipe.pipeline.schedule import ScheduledTensor, schedule
 from mergepipe.pipeline.vocabulary_rows import gathered_manifests
+from mergepipe.pipeline.workers import Workers
 from mergepipe.storage.checked import CheckedFiles
 from mergepipe.storage.journal import Journal
 from mergepipe.storage.manifest import ChunkManifest
@@ -147,12 +147,12 @@ class KeptSurvey:
         files = CheckedFiles(root for manifest in self._manifests if (root := manifest.root) is not None)
         with (
             closing(MmapReader(files=files)) as self._reader,
-            ThreadPoolExecutor(self._ceiling.workers, "mergepipe-worker") as pool,
+            Workers(self._ceiling.workers) as workers,
         ):
-            self._drivers.drive(waiting, partial(self._sweep, pool), TENSORS_IN_FLIGHT)
+            self._drivers.drive(waiting, partial(self._sweep, workers), TENSORS_IN_FLIGHT)
 
-    def _sweep(self, pool: ThreadPoolExecutor, bundle: Sequence[int]) -> None:
-        run_bundle([self._graph(number) for number in bundle], pool)
+    def _sweep(self, workers: Workers, bundle: Sequence[int]) -> None:
+        run_bundle([self._graph(number) for number in bundle], workers, bundle[0])
 
     def _graph(self, number: int) -> Graph:
         tensor, (job, thin) = self._plan.tensors[number], self._thinned[number]

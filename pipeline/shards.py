@@ -124,6 +124,11 @@ class Shards:
         """Number of the shard that a tensor lies in."""
         return self._places[self._plan.tensors[tensor].name].shard
 
+    def place_of(self, tensor: int) -> tuple[int, int]:
+        """Number of the shard that a tensor lies in, and its offset there."""
+        place = self._places[self._plan.tensors[tensor].name]
+        return place.shard, place.offset
+
     def is_sealed(self, tensor: int) -> bool:
         """Whether an earlier run has completed the tensor's shard."""
         return self.shard_of(tensor) in self._progress.sealed

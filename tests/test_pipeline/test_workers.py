@@ -1,0 +1,75 @@
+"""Earlier bundles go first, so that files fill up from their beginning."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mergepipe
+from mergepipe.pipeline.workers import Workers
+from mergepipe.storage.digest import Digest
+from support.jobs import build_job, write_job
+
+MIB = 1 << 20
+
+
+def test_the_lowest_rank_goes_first() -> None:
+    begun: list[str] = []
+    gate = threading.Event()
+    with Workers(1) as workers:
+        blocked = workers.ranked(0).submit(gate.wait)
+        later = [workers.ranked(7).submit(begun.append, f"late {n}") for n in range(3)]
+        early = [workers.ranked(2).submit(begun.append, f"early {n}") for n in range(3)]
+        gate.set()
+        for future in (blocked, *later, *early):
+            future.result(10)
+    assert begun == ["early 0", "early 1", "early 2", "late 0", "late 1", "late 2"]
+
+
+def test_what_a_task_raises_is_for_whoever_waits() -> None:
+    with Workers(2) as workers:
+        with pytest.raises(ZeroDivisionError):
+            workers.ranked(0).submit(divmod, 1, 0).result(10)
+        assert workers.ranked(0).submit(divmod, 7, 2).result(10) == (3, 1), "the threads live on"
+
+
+def test_closing_cancels_what_waits_and_waits_for_the_rest() -> None:
+    workers = Workers(1)
+    begun, gate, done = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        begun.set()
+        gate.wait(10)
+        done.append(True)
+
+    workers.ranked(0).submit(work)
+    waiting = workers.ranked(0).submit(done.append, False)
+    begun.wait(10)
+    threading.Timer(0.05, gate.set).start()
+    workers.close()
+    assert done == [True]
+    assert waiting.cancelled()
+    with pytest.raises(RuntimeError, match="gone"):
+        workers.ranked(0).submit(done.append, False)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_hardly_anything_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Tensors several times as large as what may wait for its turn, two of them at work at any time."""
+    shapes = {f"{n}.weight": (4096, 4096) for n in range(4)}
+    write_job(tmp_path, shapes=shapes, method=method)
+    build_job(tmp_path)
+    digests: list[Digest] = []
+    begin = Digest.__init__
+
+    def noted(self: Digest, *args: Any, **more: Any) -> None:
+        digests.append(self)
+        begin(self, *args, **more)
+
+    monkeypatch.setattr(Digest, "__init__", noted)
+    mergepipe.run(tmp_path / "work", workers=2)
+    assert sum(digest.position for digest in digests) >= 128 * MIB
+    assert sum(digest.bytes_back for digest in digests) <= 32 * MIB
