@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import click
 from benchmarks.process import anonymous_bytes
 from benchmarks.report import Report, common_options
 from mergepipe.pipeline.graph import bundles, count_tasks, run_bundle, tensor_graph
+from mergepipe.pipeline.workers import Workers
 
 SWEEPS = 2
 
@@ -54,12 +54,12 @@ def main(
     tasks = tensors * count_tasks(SWEEPS, units)
     report = Report("dask", {"tensors": tensors, "units": units, "workers": workers, "tasks": tasks})
     report.add("tasks", tasks, "")
-    with ThreadPoolExecutor(workers) as pool:
-        run_tensors(2, units, pool)
+    with Workers(workers) as threads:
+        run_tensors(2, units, threads)
         before = anonymous_bytes(os.getpid())
-        ours = [cpu_per_task(lambda: run_tensors(tensors, units, pool), tasks) for _ in range(repeats)]
+        ours = [cpu_per_task(lambda: run_tensors(tensors, units, threads), tasks) for _ in range(repeats)]
         grown = anonymous_bytes(os.getpid()) - before
-        alone = [cpu_per_task(lambda: run_alone(tasks, pool), tasks) for _ in range(repeats)]
+        alone = [cpu_per_task(lambda: run_alone(tasks, threads), tasks) for _ in range(repeats)]
     bundled = report.add("CPU per task, our bundles", ours, "us")
     submitted = report.add("CPU per task, the thread pool alone", alone, "us")
     report.add("our bundles / the thread pool alone", bundled / submitted, "x")
@@ -74,14 +74,15 @@ def cpu_per_task(work: Callable[[], None], tasks: int) -> float:
     return 1e6 * (time.process_time() - began) / tasks
 
 
-def run_tensors(tensors: int, units: int, pool: ThreadPoolExecutor) -> None:
+def run_tensors(tensors: int, units: int, workers: Workers) -> None:
     """Build and compute the graphs of so many tensors, in the bundles that a run would make."""
     for bundle in bundles([count_tasks(SWEEPS, units)] * tensors, [1] * tensors):
-        run_bundle([tensor_graph(str(number), Idle(units), _done) for number in bundle], pool)
+        run_bundle([tensor_graph(str(number), Idle(units), _done) for number in bundle], workers, bundle[0])
 
 
-def run_alone(tasks: int, pool: ThreadPoolExecutor) -> None:
+def run_alone(tasks: int, workers: Workers) -> None:
     """As many empty calls, 5,000 at a time."""
+    pool = workers.ranked(0)
     for start in range(0, tasks, 5000):
         for future in [pool.submit(_done, None, None) for _ in range(start, min(start + 5000, tasks))]:
             future.result()

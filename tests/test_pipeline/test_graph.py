@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from mergepipe.pipeline.draw import draw_graph
 from mergepipe.pipeline.graph import bundles, count_tasks, dependencies, run_bundle, tensor_graph
+from mergepipe.pipeline.workers import Workers
 
 
 class Work:
@@ -59,8 +59,8 @@ def test_graph_has_as_many_nodes_as_planned(sweeps: int, units: int) -> None:
 
 def test_every_node_runs_once_and_after_what_it_needs() -> None:
     work, ended = Work(2, 4), []
-    with ThreadPoolExecutor(3) as pool:
-        run_bundle([tensor_graph("w", work, lambda name, _units: ended.append(name))], pool)
+    with Workers(3) as workers:
+        run_bundle([tensor_graph("w", work, lambda name, _units: ended.append(name))], workers, 0)
     assert ended == ["w"]
     assert len(work.ran) == len(set(work.ran)) == 2 * (4 + 1) + 4
     order = {what: position for position, what in enumerate(work.ran)}
@@ -74,8 +74,8 @@ def test_an_error_in_a_node_comes_out_as_itself() -> None:
         def apply(self, unit: int, *after: object) -> None:
             raise ValueError("unit is broken")
 
-    with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="unit is broken"):
-        run_bundle([tensor_graph("w", Broken(0, 1), lambda *_: None)], pool)
+    with Workers(2) as workers, pytest.raises(ValueError, match="unit is broken"):
+        run_bundle([tensor_graph("w", Broken(0, 1), lambda *_: None)], workers, 0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 6000), st.integers(0, 100 * 2**20)), max_size=40))

@@ -145,7 +145,7 @@ def test_goes_on_where_it_was(job: Path, expected: dict[str, str], units: int) -
 def test_reductions_are_not_made_again(tmp_path: Path) -> None:
     write_job(tmp_path, shapes={"w": (512, 512)})
     work = build_job(tmp_path)
-    interrupt(work, 1)
+    interrupt(work, 2)  # the integers, which lie first in the file, and a unit of the matrix
     assert any(record["type"] == "state" for record in read_journal(work / "journal.log"))
     watch = Watch()
     mergepipe.run(work, on_event=watch)
