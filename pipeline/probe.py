@@ -89,8 +89,8 @@ def fastest(files: Sequence[FileInfo], workers: int, most: int) -> tuple[Way, st
         if time.perf_counter() - began > ENOUGH_SECONDS:
             break
     best = choose(ways, rates)
-    told = ", ".join(f"{sum(found) / len(found) / 1e9:.2f} {way}" for way, found in zip(ways, rates, strict=True))
-    return best, f"inputs are read {best}: GB/s of a sample were {told}"
+    told = ", ".join(f"{way} {sum(found) / len(found) / 1e9:.2f}" for way, found in zip(ways, rates, strict=True))
+    return best, f"inputs are read {best}; GB/s of a sample: {told}"
 
 
 def choose(ways: Sequence[Way], rates: Sequence[Sequence[float]]) -> Way:
