@@ -153,7 +153,9 @@ class Faults:
 
     def _open_whole(self, file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         opened = real_open(file, mode, *args, **options)
-        if self.kind in ("power", "lost sync") and "w" in mode and not isinstance(file, int):
+        # In a folder a file without a name is made, as numba tries whether its cache can be written.
+        named = not isinstance(file, int) and not os.path.isdir(file)
+        if self.kind in ("power", "lost sync") and "w" in mode and named:
             with self.lock:
                 self.unsynced.written_whole(os.path.abspath(file))
         return opened
