@@ -24,12 +24,12 @@ from mergepipe.tasks.method import (
     BLOCK_ELEMENTS,
     Accumulator,
     Array,
+    Blocks,
     Job,
     Sparsifier,
     State,
-    StoredKernel,
     Tile,
-    no_stored,
+    stored_sweep,
 )
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 
@@ -82,8 +82,8 @@ class Merge:
                 None if counts is None else np.zeros(counts, np.int64),
                 None if row is None else np.zeros((self.out.size // BLOCK_ELEMENTS, *row)),
             )
-            stored = getattr(reduction, "stored", no_stored)(self.job, self.state)
-            if stored is None or not self.by_units(stored, collected.counts):
+            stored = stored_sweep(reduction, self.job, self.state)
+            if stored is None or not self.by_units(stored, collected):
                 for index in range(self.out.size // BLOCK_ELEMENTS):
                     reduction.update(self.job, self.state, collected, self._tile(index))
             self.state |= reduction.combine(self.job, self.state, collected)
@@ -94,12 +94,13 @@ class Merge:
         assert stored is not None
         assert self.by_units(stored, self.out)
 
-    def by_units(self, stored: StoredKernel, out: Array | None) -> bool:
+    def by_units(self, stored: Callable[[list[Array], Any, Blocks], bool], out: Array | Accumulator) -> bool:
         """Hand a kernel of stored bits one unit after another; an output of the tensor's size is cut likewise."""
-        assert out is not None, "it writes something"
         for start in range(0, self.out.size, UNIT):
             part = slice(start, start + UNIT)
-            if not stored([stream[part] for stream in self.streams], out[part] if out is self.out else out):
+            blocks = start // BLOCK_ELEMENTS, -(-min(part.stop, self.out.size) // BLOCK_ELEMENTS)
+            into = out if isinstance(out, Accumulator) else out[part]
+            if not stored([stream[part] for stream in self.streams], into, blocks):
                 return False
         return True
 

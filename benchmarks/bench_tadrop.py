@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.bench_kernels import Merge, nanoseconds, random_streams
 from benchmarks.report import Report, common_options
-from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, no_stored
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, stored_sweep
 from mergepipe.tasks.registry import SPARSIFIERS
 
 METRICS = ("quantile_ratio", "l1l2")
@@ -39,8 +39,8 @@ class Thinned(Merge):
             None if counts is None else np.zeros(counts, np.int64),
             None if row is None else np.zeros((self.job.blocks, *row)),
         )
-        stored = getattr(reduction, "stored", no_stored)(self.job, self.state)
-        if stored is None or not self.by_units(stored, collected.counts):
+        stored = stored_sweep(reduction, self.job, self.state)
+        if stored is None or not self.by_units(stored, collected):
             for index in range(self.job.blocks):
                 reduction.update(self.job, self.state, collected, self._tile(index))
         self.found = reduction.combine(self.job, self.state, collected)

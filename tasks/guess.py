@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergepipe.tasks import fused
-from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredKernel, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredSweep, Tile
 from mergepipe.tasks.select import FINE_BINS, TOP_BINS, count_top, order_keys
 
 SMALLEST = 1 << 20
@@ -78,9 +78,9 @@ class Sample:
         for k in range(job.models):
             count_top(tile.values[k], accumulator.counts[k])
 
-    def stored(self, job: Job, state: State) -> StoredKernel:
+    def stored(self, job: Job, state: State) -> StoredSweep:
         """Count a part of the stored bits."""
-        return lambda rows, counts: fused.sample_top(rows[0], tuple(rows[1:]), counts)
+        return lambda rows, mine, _: fused.sample_top(rows[0], tuple(rows[1:]), mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The windows, if all models get one."""
@@ -132,10 +132,10 @@ class Near:
             if low >= 0:
                 _count(tile.values[k], int(low), int(shift), accumulator.counts[k, 0])
 
-    def stored(self, job: Job, state: State) -> StoredKernel:
+    def stored(self, job: Job, state: State) -> StoredSweep:
         """Count from the stored bits."""
         lows, shifts = state[_LOW], state[_SHIFT]
-        return lambda rows, counts: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, counts)
+        return lambda rows, mine, _: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """What `found` makes of the exact ranks, or nothing if one was missed."""

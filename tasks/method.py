@@ -336,11 +336,17 @@ class Accumulator:
     counts: Array | None = None
     blocks: Array | None = None
 
+    @property
+    def counted(self) -> Array:
+        """`counts`, of a reduction that counts."""
+        assert self.counts is not None
+        return self.counts
+
 
 class Reduction(Protocol):
     """One sweep over a tensor. Implementations are stateless: everything they know is in `job` and `state`.
 
-    Four more attributes are optional: `stored`, as of :class:`MergeMethod`; `reads`, see :func:`expected_reads`;
+    Four more attributes are optional: `stored`, see :func:`stored_sweep`; `reads`, see :func:`expected_reads`;
     `leaves`, see :func:`values_left`; and `sampled`, true for a sweep to which some blocks will do where the others
     would have to be read for it.
     """
@@ -504,10 +510,15 @@ InPlace = Callable[[Job, State, Tile], None]
 """Changes `tile.values`."""
 
 
-StoredKernel = Callable[[Sequence[Array], Array], bool]
+Blocks = tuple[int, int]
+"""First block and one past the last of a unit."""
+
+StoredKernel = Callable[[Sequence[Array], Array, Blocks], bool]
 """From the stored bits of a unit (the base first, if there is one) to those of its output, shape (n,). False, with the
-output undefined, where a value is not finite or does not fit: then the general way finds out where. A reduction may
-have a method `stored` of the same kind, whose second argument is `Accumulator.counts`."""
+output undefined, where a value is not finite or does not fit: then the general way finds out where."""
+
+StoredSweep = Callable[[Sequence[Array], Accumulator, Blocks], bool]
+"""The same for a reduction, which adds to an accumulator."""
 
 StoredKernels = Callable[[Job, State], StoredKernel | None]
 
@@ -515,6 +526,12 @@ StoredKernels = Callable[[Job, State], StoredKernel | None]
 def no_stored(job: Job, state: State) -> StoredKernel | None:
     """The stored kernel of a method that has none."""
     return None
+
+
+def stored_sweep(reduction: Reduction, job: Job, state: State) -> StoredSweep | None:
+    """How a reduction adds up stored bits as they are; None if it has no way to."""
+    own: Callable[[Job, State], StoredSweep | None] | None = getattr(reduction, "stored", None)
+    return None if own is None else own(job, state)
 
 
 Masks = Callable[[Job, State, Tile], Array]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +28,17 @@ from mergepipe.tasks.adjust import Adjuster, Adjustment
 from mergepipe.tasks.method import (
     Accumulator,
     Array,
+    Blocks,
     Job,
     MatrixSolver,
     MergeMethod,
     Reduction,
     State,
-    StoredKernel,
     Tile,
     block_bounds,
     can_offload,
     expected_reads,
-    no_stored,
+    stored_sweep,
 )
 from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.subspace.declare import thin
@@ -46,6 +46,8 @@ from mergepipe.tasks.subspace.panels import Made, Sources, blocks_of, rows_of
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 SAMPLED_BLOCKS = 16
@@ -307,13 +309,12 @@ class TensorWork:
                 counts = self._buffers.get("counts", total.counts.shape, np.int64)
                 counts.fill(0)
         mine = Accumulator(counts, total.blocks)
-        # Not every reduction has a way to count stored bits.
-        stored = getattr(reduction, "stored", no_stored)(self.job, self.state) if self._all_bf16 else None
+        stored = stored_sweep(reduction, self.job, self.state) if self._all_bf16 else None
         for blocks in self._looked_at(reduction, self.sweep_units[unit]):
             if self._scorer is not None and can_offload(reduction):
                 tiles = self._tiles(blocks, last=not self._resident)
                 reduction.offload(self.job, self.state, mine, tiles, self._scorer)
-            elif stored is None or not self._run_stored(stored, blocks, mine.counts, last=not self._resident):
+            elif stored is None or not self._run_stored(stored, blocks, mine, last=not self._resident):
                 for tile in self._tiles(blocks, last=not self._resident):
                     reduction.update(self.job, self.state, mine, tile)
         if counts is not None and counts is not total.counts:
@@ -348,11 +349,12 @@ class TensorWork:
         self._sink(start * self.out.itemsize, out)
         self._report("apply", self._input_bytes(self.units[unit]) + out.nbytes)
 
-    def _run_stored(self, body: StoredKernel, blocks: tuple[int, int], out: Array | None, *, last: bool) -> bool:
+    def _run_stored(
+        self, body: Callable[[list[Array], T, Blocks], bool], blocks: Blocks, out: T, *, last: bool
+    ) -> bool:
         """Hand a unit's stored bits to `body` as they are; its answer."""
-        assert out is not None, "it writes something"
         with self._reader.windows(self._segments(blocks), last=last) as windows:
-            return body([self._aligned(i, raw) for i, raw in enumerate(windows)], out)
+            return body([self._aligned(i, raw) for i, raw in enumerate(windows)], out, blocks)
 
     def _run_tiles(self, unit: int, out: Array) -> None:
         """Decode a unit block by block, hand each to the kernel, and encode what it makes of it."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from mergepipe.tasks import fused, kernels
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Accumulator, Array, Job, State, StoredKernel, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, State, StoredSweep, Tile
 
 TOP_BINS = 1 << 15
 """Patterns of the top 15 bits of a magnitude; the sign bit is masked."""
@@ -194,9 +194,9 @@ class Coarse:
             if accumulator.blocks is not None:
                 kernels.norms(tile.values[k], accumulator.blocks[tile.index, k])
 
-    def stored(self, job: Job, state: State) -> StoredKernel | None:
+    def stored(self, job: Job, state: State) -> StoredSweep | None:
         """Count from the stored bits, where no moments are wanted."""
-        return None if self.moments else lambda rows, counts: fused.count_top(rows[0], tuple(rows[1:]), counts)
+        return None if self.moments else lambda rows, mine, _: fused.count_top(rows[0], tuple(rows[1:]), mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``histogram``, ``moments`` and what `after` makes of them."""
@@ -256,11 +256,11 @@ class Refine:
                 if found[k, r] >= 0:
                     count_fine(tile.values[k], int(found[k, r]), self.level, accumulator.counts[k, r])
 
-    def stored(self, job: Job, state: State) -> StoredKernel:
+    def stored(self, job: Job, state: State) -> StoredSweep:
         """Count from the stored bits; the one level there is for float32."""
         found = state[f"_{self.stage}_found"]
         lows, shifts = np.where(found < 0, -1, found << 16), np.zeros_like(found)
-        return lambda rows, counts: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, counts)
+        return lambda rows, mine, _: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The selection one level on; after the last level also what `after` makes of it."""

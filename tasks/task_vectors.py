@@ -13,7 +13,7 @@ import numpy as np
 
 from mergepipe.tasks import fused, kernels, weighting
 from mergepipe.tasks.majority import Majority, majority_rounds
-from mergepipe.tasks.method import Array, Job, Parameter, Reduction, Round, State, StoredKernel, Tile
+from mergepipe.tasks.method import Array, Blocks, Job, Parameter, Reduction, Round, State, StoredKernel, Tile
 from mergepipe.tasks.sparsify import SPARSIFIERS
 from mergepipe.tasks.thinning import apply_cut, cut, plain_cut
 
@@ -119,7 +119,7 @@ def stored(job: Job, state: State) -> StoredKernel | None:
     least, factors = cuts
     weights = tuple(float(params["weight"]) for params in job.model_params)
 
-    def run(rows: Sequence[Array], out: Array) -> bool:
+    def run(rows: Sequence[Array], out: Array, _: Blocks) -> bool:
         base, models = rows[0], tuple(rows[1:])
         if job.models > fused.AT_ONCE:
             strips = fused.strips(job.models)

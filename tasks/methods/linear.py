@@ -44,7 +44,7 @@ def _stored(job: Job, state: State) -> StoredKernel | None:
     weights, divisor = tuple(float(params["weight"]) for params in job.model_params), _divisor(job)
     if job.models > kernels.FEW:
         return None
-    return lambda rows, out: fused.weigh(tuple(rows), weights, divisor, out)
+    return lambda rows, out, _: fused.weigh(tuple(rows), weights, divisor, out)
 
 
 METHOD = MergeMethod(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergepipe.tasks import convert, fused, kernels, select
-from mergepipe.tasks.method import Accumulator, no_stored
+from mergepipe.tasks.method import Accumulator, stored_sweep
 from support.drive import load_tile, make_job
 
 U16 = npt.NDArray[np.uint16]
@@ -166,9 +166,9 @@ def test_sweeps_count_stored_bits_as_they_count_tiles(sparsify: dict[str, Any], 
         total, found = Accumulator(np.zeros(shape, np.int64)), np.zeros(shape, np.int64)
         for index in range(job.blocks):
             reduction.update(job, state, total, load_tile(method, job, own, below, index))
-        stored = getattr(reduction, "stored", no_stored)(job, state)
+        stored = stored_sweep(reduction, job, state)
         assert stored is not None, reduction.name
-        assert stored([base, *rows], found)
+        assert stored([base, *rows], Accumulator(found), (0, job.blocks))
         np.testing.assert_array_equal(found, total.counts)
         state |= reduction.combine(job, state, total)
         by_bits += 1

@@ -67,9 +67,10 @@ def one(
 ) -> None:
     body = getattr(sweep, "stored", None)
     if stored and body is not None and total.counts is not None:
-        mine = np.zeros_like(total.counts)
-        assert body(job, state)(streams, mine)
-        total.counts += mine
+        mine = Accumulator(np.zeros_like(total.counts))
+        first = start // 65536
+        assert body(job, state)(streams, mine, (first, first + -(-streams[0].size // 65536)))
+        total.counts += mine.counted
         return
     values = deltas(streams)
     for at in range(0, values.shape[1], 65536):
