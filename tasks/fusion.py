@@ -15,10 +15,13 @@ which goes by its first donor, ``_rows_<first>``: float64, (donors, rows, 1 or 3
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergepipe.tasks import kernels, rows
-from mergepipe.tasks.method import Array, Job, State, Tile
+import numpy as np
+
+from mergepipe.tasks import kernels, rows, scores
+from mergepipe.tasks.method import Array, Blocks, Job, State, StoredKernel, Tile, block_bounds, block_elements
 
 SCRATCH_ROWS = 3
 """Scores, the primary as earlier stages left it, and the best score so far."""
@@ -46,12 +49,22 @@ class Settings:
     @property
     def columns(self) -> int:
         """Statistics kept of a row."""
-        return 1 if self.importance == "delta_kl" else rows.STATISTICS
+        return 1 if self.by_row else rows.STATISTICS
 
     @property
     def ranks(self) -> int:
         """Order statistics that the threshold is made of."""
         return 1 if self.threshold == "quantile" else 3
+
+    @property
+    def always(self) -> bool:
+        """Whether rows without divergence have scores."""
+        return self.zero_kl == "abs"
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a score is the difference times something of the row."""
+        return self.importance == "delta_kl"
 
     def wanted(self, size: int) -> list[int]:
         """Their ascending ranks among `size` scores.
@@ -113,11 +126,10 @@ def stages(job: Job, settings: Settings) -> tuple[Stage, ...]:
 
 def score_rows(settings: Settings, primary: Array, donor: Array, width: int, found: Array, out: Array) -> None:
     """The scores of a donor's elements into `out`; `found` holds the statistics of their rows."""
-    always = settings.zero_kl == "abs"
-    if settings.importance == "delta_kl":
-        rows.score_delta(primary, donor, width, found, always, out)
+    if settings.by_row:
+        scores.score_delta(primary, donor, width, found, settings.always, out)
     else:
-        rows.score_points(primary, donor, width, found, *settings.directions, always, out)
+        rows.score_points(primary, donor, width, found, *settings.directions, settings.always, out)
 
 
 def score(stage: Stage, job: Job, state: State, tile: Tile, primary: Array, donor: int) -> Array:
@@ -131,13 +143,13 @@ def score(stage: Stage, job: Job, state: State, tile: Tile, primary: Array, dono
 
 def settled_score(stage: Stage, job: Job, state: State, tile: Tile, primary: Array, donor: int) -> Array:
     """The same, less the ties that lie too late to be taken."""
-    scores = score(stage, job, state, tile, primary, donor)
+    own = score(stage, job, state, tile, primary, donor)
     before = state.get(f"_ties_{stage.first}")
     if before is not None:
         stay, seen = int(state["_stay"][donor]), before[tile.index : tile.index + 2, donor - stage.first]
         if 0 <= stay < seen[1]:
-            kernels.drop_late_ties(scores, float(state["thresholds"][donor]), max(0, stay - int(seen[0])))
-    return scores
+            kernels.drop_late_ties(own, float(state["thresholds"][donor]), max(0, stay - int(seen[0])))
+    return own
 
 
 def _fuse(stage: Stage, job: Job, state: State, tile: Tile, out: Array) -> None:
@@ -148,9 +160,9 @@ def _fuse(stage: Stage, job: Job, state: State, tile: Tile, out: Array) -> None:
     primary = out if len(stage.donors) == 1 else tile.base
     assert primary is not None
     for donor in stage.donors:
-        scores = settled_score(stage, job, state, tile, primary, donor)
+        own = settled_score(stage, job, state, tile, primary, donor)
         least = float(state["thresholds"][donor])
-        rows.take(tile.values[donor], scores, least, stage.settings.scale, best, primary, out)
+        scores.take(tile.values[donor], own, least, stage.settings.scale, best, primary, out)
 
 
 def primary_of(stage: Stage, job: Job, state: State, tile: Tile) -> Array:
@@ -163,6 +175,35 @@ def primary_of(stage: Stage, job: Job, state: State, tile: Tile) -> Array:
     for before in stages(job, stage.settings)[: stage.first]:
         _fuse(before, job, state, tile, out)
     return out
+
+
+def stored_rows(stage: Stage, job: Job, state: State, blocks: Blocks) -> Array:
+    """Row statistics of a run of blocks: float64, shape (donors, rows, 1 or 3)."""
+    width = rows.row_width(job)
+    first, stop = block_bounds(job.shape, blocks[0])[0] // width, block_bounds(job.shape, blocks[1] - 1)[1] // width
+    found: Array = np.ascontiguousarray(state[stage.rows][:, first:stop])
+    return found
+
+
+def piece_of(job: Job) -> int:
+    """Elements that the loops over stored bits take at once: whole rows, and no more than a block."""
+    width = rows.row_width(job)
+    return min(scores.piece_rows(width) * width, block_elements(job.shape))
+
+
+def stored(settings: Settings, job: Job, state: State) -> StoredKernel | None:
+    """The kernel from bits to bits, for one stage of rows that fit a block, with no tie left to break."""
+    one, *others = stages(job, settings)
+    if others or not settings.by_row or rows.is_wide(job) or settings.never_takes(job) or "_ties_0" in state:
+        return None
+    width, piece, least = rows.row_width(job), piece_of(job), np.ascontiguousarray(state["thresholds"])
+
+    def run(bits: Sequence[Array], out: Array, blocks: Blocks) -> bool:
+        found = stored_rows(one, job, state, blocks)
+        models, always, scale = tuple(bits[1:]), settings.always, settings.scale
+        return scores.take_stored(bits[0], models, width, piece, found, always, least, scale, out)
+
+    return run
 
 
 def apply(settings: Settings, job: Job, state: State, tile: Tile, out: Array) -> None:

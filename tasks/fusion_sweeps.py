@@ -7,14 +7,24 @@ See :mod:`mergepipe.tasks.fusion`; what ``scope: model`` asks of the whole model
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mergepipe.tasks import fusion_torch, kernels, rows
-from mergepipe.tasks.fusion import Settings, Stage, primary_of, score, score_rows, settled_score, stages
-from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, block_elements
+from mergepipe.tasks import fusion_torch, kernels, rows, scores
+from mergepipe.tasks.fusion import (
+    Settings,
+    Stage,
+    piece_of,
+    primary_of,
+    score,
+    score_rows,
+    settled_score,
+    stages,
+    stored_rows,
+)
+from mergepipe.tasks.method import Accumulator, Array, Blocks, Job, Reduction, State, StoredSweep, Tile, block_elements
 from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.select import (
     FINE_BINS,
@@ -137,6 +147,24 @@ class Divergences:
             if accumulator.counts is not None:
                 score_rows(settings, primary, tile.values[donor], width, found, tile.scratch[0])
                 count_top(tile.scratch[0], accumulator.counts[j])
+
+    def stored(self, job: Job, state: State) -> StoredSweep | None:
+        """Measure and count stored bits, where the primary is as it is stored."""
+        stage, settings = self.stage, self.stage.settings
+        if stage.first or not settings.by_row:
+            return None
+        width, block, piece = rows.row_width(job), block_elements(job.shape), piece_of(job)
+
+        def run(bits: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
+            assert mine.blocks is not None
+            donors, own = tuple(bits[1:])[: stage.stop], mine.blocks[blocks[0] : blocks[1]]
+            if not rows.measure_stored(bits[0], donors, width, block, piece, *settings.directions, 1, own):
+                return False
+            found = np.swapaxes(own[:, :, :-1], 0, 1).reshape(len(donors), -1, 1)
+            counts = mine.counts
+            return counts is None or scores.count_stored(bits[0], donors, width, piece, found, settings.always, counts)
+
+        return run
 
     def offload(self, job: Job, state: State, accumulator: Accumulator, tiles: Iterable[Tile], scorer: Scorer) -> None:
         """Add a run of tiles with the help of another device."""
@@ -319,16 +347,34 @@ class Fine:
         assert accumulator.counts is not None
         primary, found = primary_of(self.stage, job, state, tile), state[f"_{self.stage.selection}_found"]
         for j, donor in enumerate(self.stage.donors):
-            scores, counts = score(self.stage, job, state, tile, primary, donor), accumulator.counts[j]
-            for r in range(self.stage.settings.ranks):
-                count_fine(scores, int(found[j, r]), self.level, counts[r])
-            if accumulator.blocks is not None:
-                bounds = bin_bounds(int(found[j, 0]), self.level, job.work)
-                unit = _unit(float(state[self.stage.energy][j]))
-                lanes, values = np.empty(kernels.LANES), tile.values[donor]
-                accumulator.blocks[tile.index, j] = rows.sort_energies(
-                    primary, values, order_keys(scores), *bounds, unit, counts[1], lanes
-                )
+            own, counts = score(self.stage, job, state, tile, primary, donor), accumulator.counts[j]
+            if accumulator.blocks is None:
+                for r in range(self.stage.settings.ranks):
+                    count_fine(own, int(found[j, r]), self.level, counts[r])
+                continue
+            bounds = bin_bounds(int(found[j, 0]), self.level, job.work)
+            unit, lanes = _unit(float(state[self.stage.energy][j])), np.zeros(kernels.LANES)
+            scores.sort_energies(primary, tile.values[donor], order_keys(own), *bounds, unit, counts, lanes)
+            accumulator.blocks[tile.index, j] = scores.added(lanes)
+
+    def stored(self, job: Job, state: State) -> StoredSweep | None:
+        """Count and weigh stored bits, where the primary is as it is stored and rows fit a block."""
+        stage, settings = self.stage, self.stage.settings
+        if stage.first or not settings.by_row or rows.is_wide(job) or not self._weighs(job):
+            return None
+        width, block, piece = rows.row_width(job), block_elements(job.shape), piece_of(job)
+        lows = state[f"_{stage.selection}_found"][:, 0] << 16
+        units = np.array([_unit(energy) for energy in state[stage.energy].tolist()])
+
+        def run(bits: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
+            assert mine.blocks is not None
+            donors, own = tuple(bits[1:])[: stage.stop], mine.blocks[blocks[0] : blocks[1]]
+            found, counts = stored_rows(stage, job, state, blocks), mine.counted
+            return scores.sort_stored(
+                bits[0], donors, width, block, piece, found, settings.always, lows, units, own, counts
+            )
+
+        return run
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The selection one level on; in the end what :func:`_settle` makes of it."""
@@ -412,8 +458,8 @@ class Ties:
         assert accumulator.blocks is not None
         primary = primary_of(self.stage, job, state, tile)
         for j, donor in enumerate(self.stage.donors):
-            scores = score(self.stage, job, state, tile, primary, donor)
-            accumulator.blocks[tile.index, j] = kernels.count_ties(scores, float(state["thresholds"][donor]))
+            own = score(self.stage, job, state, tile, primary, donor)
+            accumulator.blocks[tile.index, j] = kernels.count_ties(own, float(state["thresholds"][donor]))
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``_ties_*``."""
@@ -448,9 +494,9 @@ class Kept:
         assert accumulator.blocks is not None
         primary = primary_of(self.stage, job, state, tile)
         for j, donor in enumerate(self.stage.donors):
-            scores = settled_score(self.stage, job, state, tile, primary, donor)
+            own = settled_score(self.stage, job, state, tile, primary, donor)
             least, values = float(state["thresholds"][donor]), tile.values[donor]
-            rows.kept_energy(primary, values, scores, least, accumulator.blocks[tile.index, j])
+            scores.kept_energy(primary, values, own, least, accumulator.blocks[tile.index, j])
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``densities`` and ``kept_norms``."""

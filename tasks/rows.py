@@ -50,6 +50,9 @@ MOMENTS = 10
 STATISTICS = 3
 """Of a row: its divergence, log(sum(exp(A))), and what log(q / p) is short of D."""
 
+ROOM = MOMENTS * LANES + MOMENTS + EXTREMES + SUMS + STATISTICS
+"""float64 numbers of working memory that rows are measured with."""
+
 FAR = 1.0
 """Distance of an element of D from the mean above which a row is taken to be far."""
 
@@ -345,10 +348,28 @@ def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float,
     float
         Sum of squares of D.
     """
-    lanes, filled = np.empty(MOMENTS * LANES), np.empty((2, STRIDE), a.dtype)
+    room, filled = np.empty(ROOM), np.empty((2, STRIDE), a.dtype)
+    return _measure_rows(a, b, width, reverse, forward, out, 0.0, room, filled)
+
+
+@kernel
+def _measure_rows(
+    a: Array,
+    b: Array,
+    width: int,
+    reverse: float,
+    forward: float,
+    out: Array,
+    energy: float,
+    room: Array,
+    filled: Array,
+) -> float:
+    """The same, added to the `energy` of rows before; with working memory, `room` of shape (:data:`ROOM`,)."""
+    lanes = room[: MOMENTS * LANES]
     rooms = lanes[: EXTREMES * LANES].reshape(EXTREMES, LANES)
-    moments, extremes, sums, found = np.empty(MOMENTS), np.empty(EXTREMES), np.empty(SUMS), np.empty(STATISTICS)
-    energy = 0.0
+    rest = room[MOMENTS * LANES :]
+    moments, extremes, sums = rest[:MOMENTS], rest[MOMENTS : MOMENTS + EXTREMES], rest[MOMENTS + EXTREMES : -STATISTICS]
+    found = rest[-STATISTICS:]
     for row in range(a.size // width):
         x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
         if measured_close(a.itemsize, width):
@@ -397,33 +418,6 @@ def finish_rows(extremes: Array, pieces: Array, width: int, reverse: float, forw
 
 
 @kernel
-def score_delta(a: Array, b: Array, width: int, rows: Array, always: bool, out: Array) -> None:
-    """``abs(D)`` times the row's divergence.
-
-    Parameters
-    ----------
-    a, b : ndarray, shape (n,)
-        Whole rows, or a piece of one.
-    width : int
-        Elements per row of `rows`.
-    rows : float64 ndarray, shape (rows, 1 to 3)
-        Their statistics.
-    always : bool
-        Whether elements of a row of divergence 0 score ``abs(D)`` rather than 0.
-    out : ndarray, shape (n,)
-    """
-    for row in range(rows.shape[0]):
-        x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
-        scores = out[row * width : (row + 1) * width]
-        factor = 1.0 if always and rows[row, 0] == 0.0 else rows[row, 0]
-        if factor == 0.0:
-            scores[:] = 0
-            continue
-        for i in range(scores.size):
-            scores[i] = np.float64(abs(y[i] - x[i])) * factor
-
-
-@kernel
 def _series(reverse: float, forward: float) -> Array:
     """Of ``reverse * (exp(r) * r - expm1(r)) + forward * (expm1(r) - r)`` over r squared, highest power first."""
     found = np.empty(SERIES_TERMS)
@@ -465,58 +459,57 @@ def score_points(
 
 
 @kernel
-def sort_energies(
-    a: Array, b: Array, keys: Array, low: int, high: int, shift: int, unit: float, counts: Array, lanes: Array
-) -> float:
-    """Sums of squares of D by score: returned for the keys above `high`, by their last bits from `low` to `high`.
-
-    The latter go into `counts`, shape (65536,), in whole multiples of 1 / `unit`, so that they add up exactly in any
-    order. `lanes` is working memory, shape (64,).
-    """
-    lanes[:] = 0.0
-    for start in range(0, a.size, LANES):
-        x, y, key = a[start : start + LANES], b[start : start + LANES], keys[start : start + LANES]
-        inside = np.int64(0)
-        for i in range(x.size):
-            d = np.float64(y[i] - x[i])
-            lanes[i] += d * d if key[i] > high else 0.0
-            inside += np.int64((key[i] >= low) & (key[i] <= high))
-        if inside:
-            for i in range(x.size):
-                if (key[i] >= low) & (key[i] <= high):
-                    d = np.float64(y[i] - x[i])
-                    counts[(key[i] >> shift) & 0xFFFF] += np.int64(d * d * unit + 0.5)
-    return float(lanes.sum())
+def _decode(bits: Array, out: Array) -> bool:
+    """Stored bfloat16 to float32; whether all are finite."""
+    worst = np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        worst = max(worst, np.int32(stored & 0x7FFF))
+        out[i] = np.int32(stored << 16).view(np.float32)
+    return bool(worst < 0x7F80)
 
 
 @kernel
-def kept_energy(a: Array, b: Array, scores: Array, least: float, out: Array) -> None:
-    """Count, and sum of squares of D, of the elements that are taken: into `out`, shape (2,)."""
-    lanes = np.zeros((2, LANES))
-    for start in range(0, a.size, LANES):
-        x, y, score = a[start : start + LANES], b[start : start + LANES], scores[start : start + LANES]
-        for i in range(x.size):
-            d = np.float64(y[i] - x[i])
-            taken = (np.float64(score[i]) >= least) & (score[i] > 0)
-            lanes[0, i] += 1.0 if taken else 0.0
-            lanes[1, i] += d * d if taken else 0.0
-    out[0] = lanes[0].sum()
-    out[1] = lanes[1].sum()
+def measure_stored(
+    base: Array, donors: tuple[Array, ...], width: int, block: int, piece: int, reverse: float, forward: float,
+    columns: int, blocks: Array,
+) -> bool:  # fmt: skip
+    """Measure the rows of stored bfloat16 numbers: :func:`measure_rows` of each donor.
 
+    Parameters
+    ----------
+    base, donors : uint16 ndarray, shape (n,); the primary, and one row per donor
+        Whole blocks, but for the last of a tensor.
+    width, block, piece : int
+        Elements of a row, of a block and of what is worked on at once, whole rows.
+    reverse, forward : float
+    columns : int
+        Statistics that are kept of a row.
+    blocks : float64 ndarray, shape (blocks, donors, rows of a block * columns + 1)
+        Where the statistics are put, and behind those of a block its sum of squares.
 
-@kernel
-def take(b: Array, scores: Array, least: float, scale: float, best: Array, primary: Array, out: Array) -> None:
-    """Put the donor's elements into `out` where they score at least `least`, more than 0 and more than `best`.
-
-    At a `scale` of 1 it is the donor's own value, else ``primary + scale * (b - primary)``; `best` is raised.
+    Returns
+    -------
+    bool
+        False if a stored value is not finite: then all is for the general way.
     """
-    factor = out.dtype.type(scale)
-    exact = scale == 1.0
-    for i in range(out.size):
-        taken = (np.float64(scores[i]) >= least) & (scores[i] > best[i])
-        moved = b[i] if exact else primary[i] + factor * (b[i] - primary[i])
-        out[i] = moved if taken else out[i]
-        best[i] = scores[i] if taken else best[i]
+    room, filled = np.empty(ROOM), np.empty((2, STRIDE), np.float32)
+    first, second = np.empty(piece, np.float32), np.empty(piece, np.float32)
+    for start in range(0, base.size, block):
+        stop, own = min(start + block, base.size), blocks[start // block]
+        own[:, -1] = 0.0
+        for at in range(start, stop, piece):
+            after = min(at + piece, stop)
+            a, b = first[: after - at], second[: after - at]
+            if not _decode(base[at:after], a):
+                return False
+            row, count = (at - start) // width, (after - at) // width
+            for j in range(len(donors)):
+                if not _decode(donors[j][at:after], b):
+                    return False
+                found = own[j, row * columns : (row + count) * columns].reshape(count, columns)
+                own[j, -1] = _measure_rows(a, b, width, reverse, forward, found, own[j, -1], room, filled)
+    return True
 
 
 def row_width(job: Job) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from mergepipe.tasks import fusion, fusion_sweeps
 from mergepipe.tasks.fusion import Settings
-from mergepipe.tasks.method import Array, Job, MergeMethod, Reduction, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Reduction, State, StoredKernel, Tile
 
 SETTINGS = Settings(threshold="iqr")
 
@@ -26,6 +26,10 @@ def _apply(job: Job, state: State, tile: Tile, out: Array) -> None:
     fusion.apply(SETTINGS, job, state, tile, out)
 
 
+def _stored(job: Job, state: State) -> StoredKernel | None:
+    return fusion.stored(SETTINGS, job, state)
+
+
 METHOD = MergeMethod(
     name="arcee_fusion",
     title="Arcee Fusion",
@@ -34,6 +38,7 @@ METHOD = MergeMethod(
     space="weights",
     parameters=(),
     kernel=_apply,
+    stored=_stored,
     reductions=_reductions,
     min_models=1,
     max_models=1,

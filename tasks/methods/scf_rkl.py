@@ -18,7 +18,18 @@ import numpy as np
 
 from mergepipe.tasks import fusion, fusion_rounds, fusion_sweeps, kernels
 from mergepipe.tasks.fusion import Settings
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, Reduction, Round, State, Tile
+from mergepipe.tasks.method import (
+    Array,
+    Job,
+    MergeMethod,
+    Paper,
+    Parameter,
+    Reduction,
+    Round,
+    State,
+    StoredKernel,
+    Tile,
+)
 
 READ = ("direction", "importance", "threshold", "quantile", "multi", "tie_rule", "zero_kl")
 """Parameters that thresholds depend on. (So they do on `scale` where donors are folded in.)"""
@@ -49,6 +60,10 @@ def _apply(job: Job, state: State, tile: Tile, out: Array) -> None:
         _leave_out(job, tile, out)
     else:
         fusion.apply(_settings(job), job, state, tile, out)
+
+
+def _stored(job: Job, state: State) -> StoredKernel | None:
+    return None if _excluded(job) else fusion.stored(_settings(job), job, state)
 
 
 def _leave_out(job: Job, tile: Tile, out: Array) -> None:
@@ -106,6 +121,7 @@ METHOD = MergeMethod(
         ),
     ),
     kernel=_apply,
+    stored=_stored,
     reductions=_reductions,
     rounds=_rounds,
     rounds_read=(*READ, "scale"),

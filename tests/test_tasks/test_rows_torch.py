@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import mergepipe
 from mergepipe.errors import Interrupted, MemoryBudgetError, NonFiniteError, WorkspaceError
 from mergepipe.pipeline import devices, scoring
-from mergepipe.tasks import rows, rows_torch, select
+from mergepipe.tasks import rows, rows_torch, scores, select
 from mergepipe.tasks.method import Accumulator, Array, block_elements, can_offload
 from support.drive import load_tile, make_job
 from support.gpu import on_every_device
@@ -83,15 +83,15 @@ def test_bits_are_those_of_the_kernels(shape: tuple[int, int], work: str, step: 
         statistics = on(device, expected)
         for always in (False, True):
             delta, points = np.empty_like(a).ravel(), np.empty_like(a).ravel()
-            rows.score_delta(a.ravel(), b.ravel(), shape[1], expected, always, delta)
+            scores.score_delta(a.ravel(), b.ravel(), shape[1], expected, always, delta)
             rows.score_points(a.ravel(), b.ravel(), shape[1], expected, *directions, always, points)
-            scores = rows_torch.score_delta(there, other, statistics[:, 0], always)
-            same_bits(scores.cpu().numpy().ravel(), delta)
-            scores = rows_torch.score_points(there, other, statistics, *directions, always)
-            same_bits(scores.cpu().numpy().ravel(), points)
+            own = rows_torch.score_delta(there, other, statistics[:, 0], always)
+            same_bits(own.cpu().numpy().ravel(), delta)
+            own = rows_torch.score_points(there, other, statistics, *directions, always)
+            same_bits(own.cpu().numpy().ravel(), points)
             counted, counts = np.zeros(select.TOP_BINS, np.int64), np.zeros(select.TOP_BINS, np.int64)
             select.count_top(points, counted)
-            rows_torch.count_top(scores, counts)
+            rows_torch.count_top(own, counts)
             np.testing.assert_array_equal(counts, counted)
 
 
@@ -119,14 +119,14 @@ def test_huge_weights(device: str) -> None:
     """Differences that overflow, rows that are far apart."""
     a = np.array([[3e38, 0, -3e38, 1], [1e4, -1e4, 0, 0], [0, 0, 0, 0], [3e38, -3e38, 0, 0]], "f4")
     b = np.array([[3e38, 1, -3e38, 0], [-1e4, 1e4, 0, 1], [3e38, -3e38, 1, 2], [-3e38, 3e38, 0, 0]], "f4")
-    expected, scores = np.empty((4, 3)), np.empty(16, "f4")
+    expected, by_row = np.empty((4, 3)), np.empty(16, "f4")
     with np.errstate(over="ignore"):
         rows.measure_rows(a.ravel(), b.ravel(), 4, 1.0, 0.0, expected)
-        rows.score_delta(a.ravel(), b.ravel(), 4, expected, False, scores)
+        scores.score_delta(a.ravel(), b.ravel(), 4, expected, False, by_row)
     found, _ = rows_torch.measure_rows(on(device, a), on(device, b), 1.0, 0.0)
     same_bits(found[:, 0], expected[:, 0])
     found_scores = rows_torch.score_delta(on(device, a), on(device, b), on(device, expected[:, 0]), False)
-    same_bits(found_scores.cpu().numpy().ravel(), scores)
+    same_bits(found_scores.cpu().numpy().ravel(), by_row)
 
 
 def sweep(device: str | None, donors: list[Array], a: Array, params: dict[str, Any]) -> dict[str, Array]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import mergepipe
 from mergepipe.errors import MemoryBudgetError, RecipeError
 from mergepipe.pipeline.resume import decode_state, encode_state
-from mergepipe.tasks import rows
+from mergepipe.tasks import rows, scores
 from mergepipe.tasks.method import Array
 from support.drive import Merged, merge
 
@@ -115,7 +115,7 @@ def test_printed_divergences(direction: str, expected: list[float]) -> None:
 def test_printed_scores() -> None:
     found, out = np.empty((3, 3)), np.empty(12)
     rows.measure_rows(A.ravel(), B.ravel(), 4, 1.0, 0.0, found)
-    rows.score_delta(A.ravel(), B.ravel(), 4, found, False, out)
+    scores.score_delta(A.ravel(), B.ravel(), 4, found, False, out)
     np.testing.assert_allclose(out.reshape(3, 4), DELTA_KL, rtol=1e-10, atol=1e-19)
     rows.score_points(A.ravel(), B.ravel(), 4, found, 1.0, 0.0, False, out)
     np.testing.assert_allclose(out.reshape(3, 4), POINTWISE, rtol=1e-10)

@@ -1,0 +1,180 @@
+"""Coordinate fusion from stored bits to stored bits gives the bits of the way by tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from test_tasks.test_fused import as_bits
+
+from mergepipe.tasks import convert, scores
+from mergepipe.tasks.method import Accumulator, Job, MergeMethod, State, block_bounds, stored_sweep
+from support.drive import load_tile, make_job
+
+U16 = npt.NDArray[np.uint16]
+Array = npt.NDArray[Any]
+
+SHAPES = [(1,), (5000,), (1, 7), (200, 64), (97, 700), (130, 1536), (3, 50, 333), (9, 50_257)]
+
+
+def drawn(shape: tuple[int, ...], donors: int, seed: int = 0) -> list[U16]:
+    """A primary and donors: rows that are close and far, rows and elements that are equal, zeros, subnormals."""
+    rng = np.random.default_rng(seed)
+    primary = rng.normal(0, 0.02, shape).astype("f4").reshape(-1, shape[-1])
+    primary[rng.random(primary.shape) < 0.05] = 0
+    primary[rng.random(primary.shape) < 0.02] = 1e-39
+    found = [primary]
+    for donor in range(donors):
+        step = rng.choice([0.0, 1e-3, 1e-3, 0.05, 1.5], (len(primary), 1))
+        moved = primary + step * rng.normal(size=primary.shape) * (rng.random(primary.shape) < 0.9)
+        moved[donor :: donors + 3] = primary[donor :: donors + 3] + np.float32(0.25)
+        found.append(moved.astype("f4"))
+    return [as_bits(values).reshape(-1) for values in found]
+
+
+def cut(blocks: int) -> list[tuple[int, int]]:
+    """Units of one, two, three, ... blocks."""
+    found, first = [], 0
+    while first < blocks:
+        found.append((first, min(first + len(found) + 1, blocks)))
+        first = found[-1][1]
+    return found
+
+
+class Merge:
+    """One tensor, either way."""
+
+    def __init__(self, shape: tuple[int, ...], donors: int, name: str, params: Mapping[str, Any]) -> None:
+        self.bits = drawn(shape, donors)
+        self.values = [np.empty(bits.size, "f4") for bits in self.bits]
+        for bits, out in zip(self.bits, self.values, strict=True):
+            convert.decode(bits, "BF16", out)
+        self.method: MergeMethod
+        self.job: Job
+        self.method, self.job = make_job(name, shape, "f4", [{}] * donors, params)
+
+    def of(self, blocks: tuple[int, int]) -> slice:
+        return slice(block_bounds(self.job.shape, blocks[0])[0], block_bounds(self.job.shape, blocks[1] - 1)[1])
+
+    def sweeps(self) -> tuple[State, list[str]]:
+        """The state, by tiles, and which sweeps gave the same from stored bits."""
+        state: State = {}
+        by_bits = []
+        for sweep in self.method.reductions(self.job):
+            if not sweep.needed(self.job, state):
+                continue
+            made, found = self.room(sweep), self.room(sweep)
+            for index in range(self.job.blocks):
+                sweep.update(self.job, state, made, self.tile(index))
+            body = stored_sweep(sweep, self.job, state)
+            if body is not None:
+                by_bits.append(sweep.name)
+                for blocks in cut(self.job.blocks):
+                    assert body([bits[self.of(blocks)] for bits in self.bits], found, blocks)
+                for one, other in ((made.counts, found.counts), (made.blocks, found.blocks)):
+                    np.testing.assert_array_equal(one, other)
+            state |= sweep.combine(self.job, state, made)
+        return state, by_bits
+
+    def room(self, sweep: Any) -> Accumulator:
+        counts, row = sweep.shapes(self.job)
+        blocks = None if row is None else np.zeros((self.job.blocks, *row))
+        return Accumulator(None if counts is None else np.zeros(counts, np.int64), blocks)
+
+    def tile(self, index: int) -> Any:
+        return load_tile(self.method, self.job, self.values[1:], self.values[0], index)
+
+    def outputs(self, state: State) -> tuple[U16, U16 | None]:
+        """By tiles, and from stored bits if that can be."""
+        made, found = np.zeros(self.job.size, np.uint16), np.zeros(self.job.size, np.uint16)
+        for index in range(self.job.blocks):
+            part, tile = self.of((index, index + 1)), self.tile(index)
+            out = np.empty(tile.values.shape[1], "f4")
+            self.method.kernel(self.job, state, tile, out)
+            convert.encode(out, "BF16", made[part])
+        body = self.method.stored(self.job, state)
+        for blocks in cut(self.job.blocks):
+            if body is not None:
+                part = self.of(blocks)
+                assert body([bits[part] for bits in self.bits], found[part], blocks)
+        return made, None if body is None else found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("donors", [1, 3])
+@pytest.mark.parametrize(
+    "params", [{}, {"zero_kl": "abs", "direction": "sym"}, {"scale": 0.5, "quantile": 0.3}, {"direction": "forward"}]
+)
+def test_stored_bits_and_tiles_agree(shape: tuple[int, ...], donors: int, params: dict[str, Any]) -> None:
+    merge = Merge(shape, donors, "scf_rkl", params)
+    state, by_bits = merge.sweeps()
+    assert len(by_bits) == (0 if shape == (1,) and "zero_kl" not in params else 2)
+    made, found = merge.outputs(state)
+    assert (found is None) == (not by_bits)
+    if found is not None:
+        np.testing.assert_array_equal(found, made)
+        assert (made != merge.bits[0]).any() or merge.job.size == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "donors", "params", "by_bits", "kernel"),
+    [
+        ("scf_rkl", 1, {"tie_rule": "index"}, 1, True),
+        ("scf_rkl", 2, {"multi": "fold"}, 2, False),
+        ("scf_rkl", 2, {"importance": "pointwise"}, 0, False),
+        ("scf_rkl", 2, {"threshold": "iqr"}, 1, True),
+        ("arcee_fusion", 1, {}, 1, True),
+    ],
+)
+def test_what_has_no_way_of_its_own_goes_by_tiles(
+    name: str, donors: int, params: dict[str, Any], by_bits: int, kernel: bool
+) -> None:
+    merge = Merge((97, 700), donors, name, params)
+    state, swept = merge.sweeps()
+    assert len(swept) == by_bits
+    made, found = merge.outputs(state)
+    assert (found is not None) == (kernel and "_ties_0" not in state)
+    if found is not None:
+        np.testing.assert_array_equal(found, made)
+
+
+def test_an_excluded_tensor_has_no_way_of_its_own() -> None:
+    merge = Merge((20, 64), 1, "scf_rkl", {"exclude": ("layer",)})
+    assert merge.method.stored(merge.job, {}) is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 9000, 64 * 199])
+@pytest.mark.parametrize("model", [0, 2])
+def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> None:
+    merge = Merge((200, 64), 2, "scf_rkl", {})
+    state, _ = merge.sweeps()
+    merge.bits[model][place] = as_bits([bad])[0]
+    known: State = {}
+    for sweep in merge.method.reductions(merge.job)[:2]:
+        body = stored_sweep(sweep, merge.job, known)
+        assert body is not None
+        assert not body(merge.bits, merge.room(sweep), (0, merge.job.blocks))
+        known = state | {"_scores_0_found": state["_scores_0_found"] >> 16}
+    body_of_kernel = merge.method.stored(merge.job, state)
+    assert body_of_kernel is not None
+    assert not body_of_kernel(merge.bits, np.empty(merge.job.size, np.uint16), (0, merge.job.blocks))
+
+
+def test_what_does_not_fit_is_not_done() -> None:
+    """The largest of float32 that rounds to an infinity, half way between two that do not."""
+    a, b = np.full(64, 0x7F7F, np.uint16), np.full(64, 0xFF7F, np.uint16)
+    found, least = np.ones((1, 1, 1)), np.zeros(1)
+    out = np.empty(64, np.uint16)
+    assert scores.take_stored(a, (b,), 64, 64, found, False, least, 0.25, out) is False
+    assert scores.take_stored(a, (b,), 64, 64, found, False, least, 1.0, out) is True
+
+
+@pytest.mark.parametrize("width", [1, 7, 63, 64, 1536, 4096, 50_257])
+def test_pieces_are_whole_rows_and_whole_lanes(width: int) -> None:
+    elements = scores.piece_rows(width) * width
+    assert elements % 64 == 0
+    assert elements >= scores.PIECE
