@@ -6,6 +6,7 @@ of common matrices, and as a vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import numpy as np
 from benchmarks.bench_kernels import nanoseconds, random_streams
 from benchmarks.report import Report, common_options
 from mergepipe.tasks import convert, rows
-from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, block_bounds
+from mergepipe.tasks.method import Accumulator, Array, Blocks, Job, Reduction, State, Tile, block_bounds, stored_sweep
 from mergepipe.tasks.registry import METHODS
+
+UNIT = 64
+"""Blocks of a unit: 8 MiB of bf16."""
 
 
 class Fusion:
-    """A bf16 primary and its donors in memory, of one shape, fused tile by tile as a run does it."""
+    """A bf16 primary and its donors in memory, of one shape, fused as a run does it: from stored bits or by tiles."""
 
     def __init__(self, streams: list[Array], shape: tuple[int, ...], importance: str) -> None:
         self.method, self.streams, donors = METHODS["scf_rkl"], streams, len(streams) - 1
@@ -41,17 +45,44 @@ class Fusion:
             None if counts is None else np.zeros(counts, np.int64),
             None if row is None else np.zeros((self.job.blocks, *row)),
         )
-        for index in range(self.job.blocks):
-            reduction.update(self.job, self.state, collected, self.tile(index))
+        stored = stored_sweep(reduction, self.job, self.state)
+        for unit in self.units():
+            if stored is not None:
+                assert stored(self.bits(unit), collected, unit)
+                continue
+            for index in range(*unit):
+                reduction.update(self.job, self.state, collected, self.tile(index))
         self.found = reduction.combine(self.job, self.state, collected)
 
     def apply(self) -> None:
-        """Decode, kernel, encode."""
-        for index in range(self.job.blocks):
+        """From bits to bits, or decode, kernel, encode."""
+        stored = self.method.stored(self.job, self.state)
+        for unit in self.units():
+            if stored is not None:
+                assert stored(self.bits(unit), self.out[self.span(unit)], unit)
+                continue
+            self.apply_tiles(unit)
+
+    def apply_tiles(self, unit: Blocks) -> None:
+        """The general way."""
+        for index in range(*unit):
             tile = self.tile(index)
             n = tile.values.shape[1]
             self.method.kernel(self.job, self.state, tile, self.merged[:n])
             convert.encode(self.merged[:n], "BF16", self.out[tile.start : tile.start + n])
+
+    def units(self) -> Iterator[Blocks]:
+        """Runs of blocks as large as a chunk."""
+        for first in range(0, self.job.blocks, UNIT):
+            yield first, min(first + UNIT, self.job.blocks)
+
+    def span(self, unit: Blocks) -> slice:
+        """Its elements."""
+        return slice(block_bounds(self.job.shape, unit[0])[0], block_bounds(self.job.shape, unit[1] - 1)[1])
+
+    def bits(self, unit: Blocks) -> list[Array]:
+        """What is stored of it."""
+        return [stream[self.span(unit)] for stream in self.streams]
 
     def tile(self, index: int) -> Tile:
         """One block, decoded."""
