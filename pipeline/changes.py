@@ -43,8 +43,9 @@ from mergepipe.storage.workspace import Workspace
 from mergepipe.tasks import change
 from mergepipe.tasks.adjust import held_bytes
 from mergepipe.tasks.method import Job, State, block_elements
-from mergepipe.tasks.nodes import Nowhere, TensorSource, TensorWork, WorkerBuffers
+from mergepipe.tasks.nodes import Nowhere, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
+from mergepipe.tasks.sources import TensorSource
 from mergepipe.tasks.subspace.panels import Made, Span, blocks_of
 from mergepipe.tasks.subspace.rotation import LEADING, gap_floats, gaps
 

@@ -61,10 +61,12 @@ from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace
 from mergepipe.storage.writer import SealedShard
+from mergepipe.tasks.matrix_nodes import MatrixWork
 from mergepipe.tasks.method import Job, MergeMethod, State, lasting
-from mergepipe.tasks.nodes import MatrixWork, Nowhere, TensorCopy, TensorSource, TensorWork, WorkerBuffers
+from mergepipe.tasks.nodes import Nowhere, TensorCopy, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.rows_torch import Scorer
+from mergepipe.tasks.sources import TensorSource
 
 logger = logging.getLogger(__name__)
 

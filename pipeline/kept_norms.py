@@ -34,8 +34,9 @@ from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.workspace import Workspace
 from mergepipe.tasks import kept_norms
 from mergepipe.tasks.method import InPlace, Job, State, block_elements
-from mergepipe.tasks.nodes import Nowhere, TensorSource, TensorWork, WorkerBuffers
+from mergepipe.tasks.nodes import Nowhere, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
+from mergepipe.tasks.sources import TensorSource
 
 
 def stages_of(plan: Plan, workspace: Workspace) -> Iterator[tuple[Plan, Workspace]]:

@@ -15,7 +15,7 @@ from mergepipe.storage.readers import Reader
 from mergepipe.tasks.adjust import held_bytes
 from mergepipe.tasks.convert import decode, decode_delta
 from mergepipe.tasks.method import Array
-from mergepipe.tasks.nodes import TensorSource
+from mergepipe.tasks.sources import TensorSource
 
 
 class Weights:

@@ -9,12 +9,13 @@ output; :mod:`mergepipe.tasks.method` says what that means and :mod:`mergepipe.t
 * :mod:`~mergepipe.tasks.thinning`, :mod:`~mergepipe.tasks.sparsify`, :mod:`~mergepipe.tasks.tadrop`: task vectors made
   sparse; :mod:`~mergepipe.tasks.philox`: random masks that depend on no order.
 * :mod:`~mergepipe.tasks.task_vectors`: the methods that add task vectors up, all one implementation.
-* :mod:`~mergepipe.tasks.fusion`, :mod:`~mergepipe.tasks.rows`: elements taken from donors by score (`scf_rkl`,
-  `arcee_fusion`), and the divergence of rows that the scores are made of; :mod:`~mergepipe.tasks.rows_torch`: the
-  same rows on a GPU, to the same bits.
+* :mod:`~mergepipe.tasks.fusion`, :mod:`~mergepipe.tasks.scores`, :mod:`~mergepipe.tasks.rows`: elements taken from
+  donors by score (`scf_rkl`, `arcee_fusion`), and the divergence of rows that the scores are made of;
+  :mod:`~mergepipe.tasks.rows_torch`: the same rows on a GPU, to the same bits.
 * :mod:`~mergepipe.tasks.change`: how far an output has moved from its base.
 * :mod:`~mergepipe.tasks.kernels`: the loops.
-* :mod:`~mergepipe.tasks.nodes`: what a node of the graph does; the only module here that knows of files.
+* :mod:`~mergepipe.tasks.nodes`, :mod:`~mergepipe.tasks.matrix_nodes`: what a node of the graph does, by tiles or with a
+  whole matrix; :mod:`~mergepipe.tasks.sources`: where values come from. Nothing else here knows of files.
 
 Not here: which tensors are merged, in what order, with how much memory (:mod:`mergepipe.pipeline`), and what a file
 looks like (:mod:`mergepipe.storage`).
