@@ -24,7 +24,8 @@ from what earlier plans will have made (:mod:`~mergepipe.pipeline.chain_plan`), 
 
 Where a GPU works is settled in :mod:`~mergepipe.pipeline.devices` and :mod:`~mergepipe.pipeline.scoring`; what a merge
 found out about each tensor is told by :mod:`~mergepipe.pipeline.diagnostics`, and how each has changed measured by
-:mod:`~mergepipe.pipeline.changes`, what a trim has kept of it by :mod:`~mergepipe.pipeline.kept_norms`.
+:mod:`~mergepipe.pipeline.changes`, what a trim has kept of it by :mod:`~mergepipe.pipeline.kept_norms`, both in
+sweeps that come :mod:`~mergepipe.pipeline.afterwards`.
 
 Everything up to the plan is a function of the recipe and of headers: no byte of a tensor is read before `run`, and
 whatever is wrong with a recipe or a set of checkpoints is found, and reported all at once, before any work is done.

@@ -26,14 +26,13 @@ import numpy as np
 from mergepipe.errors import MemoryBudgetError, UsageError
 from mergepipe.pipeline import devices
 from mergepipe.pipeline.admission import Admission
+from mergepipe.pipeline.afterwards import Afterwards
 from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.events import Announcer, Note
-from mergepipe.pipeline.graph import Graph, bundles, count_tasks, run_bundle, tensor_graph
 from mergepipe.pipeline.inputs import Inputs
 from mergepipe.pipeline.memory import MIB, TORCH_BYTES, Ceiling, TensorShape, UnitShape, blocks_in, most_workers
 from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.resume import Progress
-from mergepipe.pipeline.workers import Workers
 from mergepipe.storage.checkpoint import file_info
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.journal import Journal
@@ -183,7 +182,6 @@ class Survey:
             for number in {tensor.base.model for tensor in plan.tensors if tensor.base is not None}
         }
         self._inputs = Inputs.of(list(self._bases.values()))
-        self._lock = threading.Lock()
 
     def make(self) -> dict[str, dict[str, Any]]:
         """Find out what is not in the journal yet; what is known of each tensor, by its name.
@@ -196,19 +194,18 @@ class Survey:
             If the base is not what it was when the plan was made, or changes meanwhile: the same.
         """
         with closing(self._reader), closing(Journal(self._workspace.journal_file)) as journal:
-            self._journal = journal
             self._known = Progress.replay(journal.records)
+            self._afterwards = Afterwards(journal, self._known, self._inputs, self._drivers)
             numbers = compared(self._plan)
             left = [number for number in numbers if number not in self._known.changes]
             nbytes = sum(self._sweep_bytes(number) for number in left)
             self._announce(Note(f"comparing {len(left)} tensors with what they were: {nbytes:,} bytes to read"))
-            with Workers(self._ceiling.workers) as workers:
-                tasks = [
-                    count_tasks(len(change.reductions(_job(self._plan.tensors[n]))), len(self._units(n))) for n in left
-                ]
-                cut = bundles(tasks, [self._plan.tensors[number].input_bytes() for number in left])
-                waiting = ([left[position] for position in bundle] for bundle in cut)
-                self._drivers.drive(waiting, partial(self._compare, workers), 2)
+            self._afterwards.sweep(
+                left,
+                [self._plan.tensors[number].input_bytes() for number in left],
+                self._comparison,
+                self._ceiling.workers,
+            )
             self._find_gaps([number for number in numbers if len(self._plan.tensors[number].shape) == 2])
             return {self._plan.tensors[number].name: self._found(number) for number in numbers}
 
@@ -220,15 +217,9 @@ class Survey:
             work = partial(self._decompose, admission)
             self._drivers.drive(([number] for number in left), work, min(self._ceiling.workers, max(1, len(left))))
 
-    def _compare(self, workers: Workers, bundle: Sequence[int]) -> None:
-        run_bundle([self._graph(number) for number in bundle], workers, bundle[0])
-
-    def _graph(self, number: int) -> Graph:
+    def _comparison(self, number: int) -> TensorWork:
         tensor = self._plan.tensors[number]
-        assert tensor.base is not None, "it is compared with one"
-        work = self._work(number, [self._base(tensor), self._merged(tensor)], partial(self._keep_change, number))
-        work.begin()
-        return tensor_graph(tensor.name, work, lambda _name, _sweeps: work.end())
+        return self._work(number, [self._base(tensor), self._merged(tensor)], partial(self._keep_change, number))
 
     def _work(self, number: int, sources: Sequence[TensorSource], on_state: Any = None) -> TensorWork:
         job = _job(self._plan.tensors[number])
@@ -286,16 +277,10 @@ class Survey:
 
         with admission.holding(_matrix_bytes(tensor)):
             like = torch.empty(0, dtype=torch.float64, device=self._device)
-            self._keep({"type": "gaps", "tensor": bundle[0], "found": gaps(Made(shape, panel), like)})
+            self._afterwards.keep({"type": "gaps", "tensor": bundle[0], "found": gaps(Made(shape, panel), like)})
 
     def _keep_change(self, number: int, state: State) -> None:
-        self._keep({"type": "change", "tensor": number, "found": state["change"].tolist()})
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        with self._lock:
-            self._inputs.check()
-            self._journal.append([record])
-            self._known.add(record)
+        self._afterwards.keep({"type": "change", "tensor": number, "found": state["change"].tolist()})
 
     def _found(self, number: int) -> dict[str, Any]:
         """What the manifest says of a tensor."""

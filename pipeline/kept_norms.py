@@ -1,8 +1,7 @@
 """``run --diagnostics``: the norm of what a thinning keeps of each task vector, where the merge has not measured it.
 
 One read of the inputs of every tensor that is thinned, when the output is done: the states of the tensors are in the
-journal, and with them which elements were dropped. As with :mod:`mergepipe.pipeline.changes` each tensor's findings go
-to the journal, and a run that goes on makes the rest.
+journal, and with them which elements were dropped.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from mergepipe.pipeline.afterwards import Afterwards
 from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.events import Announcer, Note
-from mergepipe.pipeline.graph import Graph, bundles, count_tasks, run_bundle, tensor_graph
 from mergepipe.pipeline.inputs import Inputs
 from mergepipe.pipeline.memory import TENSORS_IN_FLIGHT, Ceiling
 from mergepipe.pipeline.plan import Plan, Source
@@ -26,7 +25,6 @@ from mergepipe.pipeline.resume import Progress
 from mergepipe.pipeline.rounds import SharedStates, groups
 from mergepipe.pipeline.schedule import ScheduledTensor, schedule
 from mergepipe.pipeline.vocabulary_rows import gathered_manifests
-from mergepipe.pipeline.workers import Workers
 from mergepipe.storage.checked import CheckedFiles
 from mergepipe.storage.journal import Journal
 from mergepipe.storage.manifest import ChunkManifest
@@ -104,7 +102,6 @@ class KeptSurvey:
         self._drivers = Drivers(stop, "`mergepipe run --diagnostics` on the same workspace goes on with it")
         self._announce = announce
         self._buffers = WorkerBuffers()
-        self._lock = threading.Lock()
 
     def make(self) -> dict[str, list[float]]:
         """Find out what is not in the journal yet; what is known of each tensor, by its name.
@@ -116,48 +113,40 @@ class KeptSurvey:
         InputChangedError
             If an input is not what it was when the plan was made, or changes meanwhile: the same.
         """
-        with closing(Journal(self._workspace.journal_file)) as self._journal:
-            self._known = Progress.replay(self._journal.records)
-            if self._known.plan != self._plan.id:
+        with closing(Journal(self._workspace.journal_file)) as journal:
+            known = Progress.replay(journal.records)
+            if known.plan != self._plan.id:
                 self._announce(Note("norms of what was kept are not measured: the journal of the merge is gone"))
                 return {}
-            rounds = SharedStates(groups(self._plan), self._known.rounds)
+            rounds = SharedStates(groups(self._plan), known.rounds)
             self._states = {
                 number: state
                 for number in thinned(self._plan)
-                if not kept_norms.is_known(state := self._known.states.get(number) or rounds.state_of(number))
+                if not kept_norms.is_known(state := known.states.get(number) or rounds.state_of(number))
             }
-            left = [number for number in self._states if number not in self._known.kept]
+            left = [number for number in self._states if number not in known.kept]
             if left:
-                self._measure(left)
-            return {self._plan.tensors[number].name: self._known.kept[number] for number in self._states}
+                self._measure(left, journal, known)
+            return {self._plan.tensors[number].name: known.kept[number] for number in self._states}
 
-    def _measure(self, numbers: Sequence[int]) -> None:
+    def _measure(self, numbers: Sequence[int], journal: Journal, known: Progress) -> None:
         stores = [
             ChunkManifest.load(self._workspace.manifest_file(number, model.label))
             for number, model in enumerate(self._plan.models)
         ]
         self._manifests = gathered_manifests(self._workspace.vocabulary, self._plan.vocabulary, stores)
-        self._inputs = Inputs.of(self._manifests)
+        self._afterwards = Afterwards(journal, known, Inputs.of(self._manifests), self._drivers)
         self._scheduled = cut(self._plan, self._ceiling)
         self._thinned = thinned(self._plan)
         nbytes = [self._plan.tensors[number].input_bytes() for number in numbers]
         self._announce(Note(f"measuring what is kept of {len(numbers)} tensors: {sum(nbytes):,} bytes to read"))
-        tasks = [count_tasks(1, len(self._scheduled[number].units)) for number in numbers]
-        waiting = ([numbers[position] for position in bundle] for bundle in bundles(tasks, nbytes))
         files = CheckedFiles(root for manifest in self._manifests if (root := manifest.root) is not None)
-        with (
-            closing(MmapReader(files=files)) as self._reader,
-            Workers(self._ceiling.workers) as workers,
-        ):
-            self._drivers.drive(waiting, partial(self._sweep, workers), TENSORS_IN_FLIGHT)
+        with closing(MmapReader(files=files)) as self._reader:
+            self._afterwards.sweep(numbers, nbytes, self._work, self._ceiling.workers)
 
-    def _sweep(self, workers: Workers, bundle: Sequence[int]) -> None:
-        run_bundle([self._graph(number) for number in bundle], workers, bundle[0])
-
-    def _graph(self, number: int) -> Graph:
+    def _work(self, number: int) -> TensorWork:
         tensor, (job, thin) = self._plan.tensors[number], self._thinned[number]
-        work = TensorWork(
+        return TensorWork(
             job,
             find_method(tensor.method),
             None if tensor.base is None else self._source(tensor.base, job),
@@ -174,8 +163,6 @@ class KeptSurvey:
             shared=self._states[number],
             sweeps=(kept_norms.KeptNorms(thin),),
         )
-        work.begin()
-        return tensor_graph(tensor.name, work, lambda _name, _sweeps: work.end())
 
     def _source(self, source: Source, job: Job) -> TensorSource:
         model = self._plan.models[source.model]
@@ -183,8 +170,4 @@ class KeptSurvey:
         return found.adjusted(source.adjust, np.dtype(job.work), self._reader)
 
     def _keep(self, number: int, state: State) -> None:
-        record = {"type": "kept", "tensor": number, "found": state[kept_norms.FOUND].tolist()}
-        with self._lock:
-            self._inputs.check()
-            self._journal.append([record])
-            self._known.add(record)
+        self._afterwards.keep({"type": "kept", "tensor": number, "found": state[kept_norms.FOUND].tolist()})

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import mergepipe
 from mergepipe.errors import Interrupted, MemoryBudgetError, UsageError
-from mergepipe.pipeline import changes
+from mergepipe.pipeline.afterwards import Afterwards
 from mergepipe.storage.journal import read_journal
 from mergepipe.storage.workspace import Workspace
 from support.jobs import Shapes, hashes, write_job, write_recipe
@@ -158,18 +158,18 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyte
     assert not any("change" in record for record in plain.manifest["tensors"].values())
     expected = mergepipe.run(build(folder, "whole"), diagnostics=True)
     assert hashes(folder / "plain-out") == hashes(folder / "whole-out")
-    work, keep = build(folder), changes.Survey._keep
+    work, keep = build(folder), Afterwards.keep
     for allowed in (0, 2, 5, 100):
         left = [allowed]
 
-        def one_more(self: changes.Survey, record: dict[str, Any], left: list[int] = left) -> None:
+        def one_more(self: Afterwards, record: dict[str, Any], left: list[int] = left) -> None:
             if not left[0]:
-                self._drivers._stop.set()
-                self._drivers.check_stop()
+                self.drivers._stop.set()
+                self.drivers.check_stop()
             left[0] -= 1
             keep(self, record)
 
-        monkeypatch.setattr(changes.Survey, "_keep", one_more)
+        monkeypatch.setattr(Afterwards, "keep", one_more)
         if allowed < 100:
             with pytest.raises(Interrupted, match="--diagnostics"):
                 mergepipe.run(work, diagnostics=True, workers=1)
