@@ -21,7 +21,7 @@ from benchmarks.bench_kernels import random_streams
 from benchmarks.bench_rkl import Fusion
 from benchmarks.report import Report, common_options
 from mergepipe.tasks import convert
-from mergepipe.tasks.method import Accumulator, Array, Job, Tile, block_elements, can_offload
+from mergepipe.tasks.method import Accumulator, Array, Job, Tile, block_elements, can_offload, stored_sweep
 from mergepipe.tasks.registry import METHODS
 from mergepipe.tasks.rows_torch import Scorer, lane_bytes
 from mergepipe.tasks.subspace.panels import Made, Sources, Span, panel_floats
@@ -180,7 +180,7 @@ def _scoring(
     assert counts is not None
     assert row is not None
     assert can_offload(reduction)
-    blocks = np.zeros((job.blocks, *row))
+    blocks, stored = np.zeros((job.blocks, *row)), stored_sweep(reduction, job, {})
     bounds = [job.blocks * share // threads for share in range(threads + 1)]
 
     def tiles(share: int) -> Iterator[Tile]:
@@ -188,11 +188,14 @@ def _scoring(
 
     def work(share: int) -> None:
         mine = Accumulator(np.zeros(counts, np.int64), blocks)
-        if scorer is None:
+        if scorer is not None:
+            reduction.offload(job, {}, mine, tiles(share), scorer)
+        elif stored is None:
             for tile in tiles(share):
                 reduction.update(job, {}, mine, tile)
-        else:
-            reduction.offload(job, {}, mine, tiles(share), scorer)
+        elif bounds[share] < bounds[share + 1]:
+            unit = bounds[share], bounds[share + 1]
+            assert stored(fusions[share].bits(unit), mine, unit)
 
     def everything() -> None:
         with ThreadPoolExecutor(threads) as pool:
