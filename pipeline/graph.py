@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # to plan, nodes are counted: Dask, which takes a tenth of a 
 MAX_TASKS = 5_000
 """Nodes of one bundle at most, unless a single tensor has more."""
 
-MAX_BUNDLE_BYTES = 64 * 1024 * 1024
+MAX_BUNDLE_BYTES = 32 * 1024 * 1024
 """Small tensors share a bundle up to this many input bytes."""
 
 

@@ -238,6 +238,17 @@ class Ceiling:
         """What a direct reader may take beside the units of this shape, `gathered` as they are: all that is left."""
         return self.allowed - self.projected(replace(unit, gathered=False), tensor)
 
+    def streamed_bytes(self, unit: UnitShape) -> int:
+        """What units of this shape take in a direct reader's pool: those at work, and one that is read ahead.
+
+        Examples
+        --------
+        >>> unit = UnitShape(4 * 2**20, 4, 2, 0, 0, 0, gathered=True)
+        >>> Ceiling(512 * MIB, workers=2).streamed_bytes(unit) // MIB
+        96
+        """
+        return (self.workers + 1) * unit.inputs * unit.elements * unit.input_itemsize
+
 
 def most_workers(wanted: int, has_room: Callable[[int], bool]) -> int:
     """The most workers, up to those that are wanted, that there is room for; one where there is room for none.

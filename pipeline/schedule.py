@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mergepipe.errors import MemoryBudgetError
-from mergepipe.pipeline.graph import count_tasks
+from mergepipe.pipeline.graph import MAX_BUNDLE_BYTES, count_tasks
 from mergepipe.pipeline.kinds import kind_of
 from mergepipe.pipeline.machine import cpu_count
 from mergepipe.pipeline.memory import (
@@ -44,6 +44,8 @@ Ahead = Mapping[str, tuple[Reduction, ...]]
 RESIDENT_SHARE = 2
 """How many tensor sets of its size a pool has to hold for one to be kept: one is computed while the next is read."""
 
+BUNDLES_KEPT = 3
+"""Bundles of small tensors that a pool has room for: two are at work, and the next is read."""
 
 COPIED_ELEMENTS = 4096
 """Units of copied tensors are multiples of this."""
@@ -72,6 +74,8 @@ class ScheduledTensor:
         Names of the sweeps over it that come first, for what has to be known of the whole model.
     sweep_reads : float
         How often its own sweeps are expected to read it.
+    streamed : int
+        What a direct reader has use for while its units run one after another: one per worker, and one read ahead.
     """
 
     tensor: PlannedTensor
@@ -83,6 +87,7 @@ class ScheduledTensor:
     held: int = 0
     rounds: tuple[str, ...] = ()
     sweep_reads: float = 0.0
+    streamed: int = 0
 
     def of(self, tensor: PlannedTensor) -> ScheduledTensor:
         """Another tensor of the same kind, cut alike."""
@@ -96,6 +101,7 @@ class ScheduledTensor:
             self.held,
             self.rounds,
             self.sweep_reads,
+            self.streamed,
         )
 
     @property
@@ -280,9 +286,22 @@ def _smallest(tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, gathered: Seq
 
 
 def pool_bytes(scheduled: Sequence[ScheduledTensor]) -> int:
-    """Memory for a direct reader's pool: what every tensor leaves for it, and no more than all their inputs take."""
+    """Memory for a direct reader's pool: what it has use for, of what every tensor leaves for it.
+
+    The first touch of a page costs more than reading into it does, so a large ceiling is no reason for a large pool.
+    """
+    room = min((item.pool for item in scheduled), default=0)
     inputs = sum(_resident_bytes(item) for item in scheduled)
-    return max(0, min([inputs, *(item.pool for item in scheduled)]))
+    use = max((_useful_bytes(item, room) for item in scheduled), default=0)
+    return max(0, min(room, inputs, max(use, BUNDLES_KEPT * MAX_BUNDLE_BYTES)))
+
+
+def _useful_bytes(item: ScheduledTensor, room: int) -> int:
+    """What a pool of at most `room` bytes has use for; a solver's panels are read again and again."""
+    if item.held:
+        return room
+    kept = RESIDENT_SHARE * _resident_bytes(item)
+    return kept if kept <= room else item.streamed
 
 
 def is_resident(item: ScheduledTensor, pool: int) -> bool:
@@ -312,7 +331,8 @@ def _cut(
         step = unit.elements * ceiling.blocks_per_unit(unit, none, wanted, unit.elements, tensor.name)
         units = tuple((start, min(start + step, size)) for start in range(0, size, step))
         unit = replace(unit, elements=min(step, size))
-        return ScheduledTensor(tensor, units, (), ceiling.projected(unit, none), ceiling.pool_bytes(unit, none))
+        projected, pool = ceiling.projected(unit, none), ceiling.pool_bytes(unit, none)
+        return ScheduledTensor(tensor, units, (), projected, pool, streamed=ceiling.streamed_bytes(unit))
     job = tensor.job(plan.seed)
     sweeps = find_method(tensor.method).reductions(job)
     unit, kept, block = _unit(tensor, plan, gathered, ahead)
@@ -324,7 +344,8 @@ def _cut(
     rounds = tuple(sweep.name for sweep in ahead.get(tensor.name, ()))
     projected, pool = ceiling.projected(full, kept), ceiling.pool_bytes(full, kept)
     reads = expected_reads(sweeps)
-    return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds, sweep_reads=reads)
+    streamed = ceiling.streamed_bytes(full)
+    return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds, sweep_reads=reads, streamed=streamed)
 
 
 def _copied_unit(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool]) -> UnitShape:
