@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mergepipe.tasks.guess import guesses
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.method import Array, Job, Paper, Parameter, Reduction, Sparsifier, State, Tile
 from mergepipe.tasks.select import Coarse, refinements, selected, start_selection
@@ -52,12 +53,18 @@ def _whole(params: Mapping[str, Any]) -> bool:
     return bool(params["density"] >= 1)
 
 
-def _start(job: Job, state: State) -> State:
+def _ranks(job: Job) -> Array:
+    """Of each model the first and the last rank that is kept; -1 where all are, or none is."""
     ranks = np.full((job.models, 2), -1)
     for k, params in enumerate(job.sparsify_params):
         first, last = kept_ranks(params["density"], params["gamma"], job.size)
         if not _whole(params) and first <= last:
             ranks[k] = first, last
+    return ranks
+
+
+def _start(job: Job, state: State) -> State:
+    ranks = _ranks(job)
     new = start_selection(STAGE, ranks, state["histogram"])
     return new | _settle(job, state | new) if (ranks < 0).all() else new
 
@@ -105,7 +112,12 @@ def _restored(job: Job) -> tuple[bool, ...]:
 def _reductions(job: Job) -> tuple[Reduction, ...]:
     if all(_whole(params) for params in job.sparsify_params):
         return ()
-    return (Coarse(False, _start), *refinements(job, STAGE, 2, _settle), Shrinkage(STAGE, _restored, _thin))
+    guess = guesses(job, STAGE, _ranks, _settle)
+    # The sure way is there, but hardly ever taken, where a guess comes first.
+    reads = 0.0 if guess else 1.0
+    sure = (Coarse(False, _start, reads), *refinements(job, STAGE, 2, _settle, reads))
+    norms = (Shrinkage(STAGE, _restored, _thin),) if any(_restored(job)) else ()
+    return (*guess, *sure, *norms)
 
 
 BREADCRUMBS = Sparsifier(

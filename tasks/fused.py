@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.jit import inlined, kernel
+from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.method import Array
 
 Rows = tuple[Array, ...]
@@ -178,70 +178,82 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     bool
         False if a stored value, or a delta, is not finite; `counts` are of no use then.
     """
-    # Eight marks are looked at as one word, and most words are zero. Marks behind the end stay so.
     marks = np.zeros(STRIP, np.uint8)
-    words = marks.view(np.int64)
-    found = np.empty(STRIP, np.int32)
+    words, full = marks.view(np.int64), np.empty(STRIP // 8, np.int32)
+    keys, found = np.empty(STRIP, np.int32), np.empty(STRIP, np.int32)
     worst = np.int32(0)
-    for start in range(0, base.size, STRIP):
-        stop = min(start + STRIP, base.size)
-        if stop - start < STRIP:
+    # One model after the other: processors foresee what a few streams will need next, not what many will.
+    for k in range(len(rows)):
+        if lows[k].max() < 0:
+            continue
+        row = rows[k]
+        for start in range(0, base.size, STRIP):
+            stop = min(start + STRIP, base.size)
+            worst = max(worst, _magnitudes(base[start:stop], row[start:stop], keys))
+            # Marks behind the end stay zero.
             marks[stop - start :] = 0
-        below = base[start:stop]
-        for k in range(len(rows)):
-            row = rows[k][start:stop]
             for r in range(lows.shape[1]):
                 if lows[k, r] >= 0:
                     low, width = np.int32(lows[k, r]), np.int32(FINE_BINS << shifts[k, r])
-                    peak, lower = _mark(below, row, low, width, marks)
-                    worst = max(worst, peak)
+                    lower = _mark(keys[: stop - start], low, width, marks)
                     if counts.shape[2] > FINE_BINS:
                         counts[k, r, FINE_BINS] += lower
-                    size = _gather(marks, words, found)
-                    _count_found(below, row, found[:size], low, shifts[k, r], counts[k, r])
+                    size = _gather(marks, words, full, found)
+                    _count_found(keys, found[:size], low, shifts[k, r], counts[k, r])
     return bool(worst < 0x7F800000)
 
 
-@inlined
-def _key(base: Any, bits: Any) -> Any:
-    """Bits of the magnitude of a delta."""
-    delta = np.float32(np.int32(bits << 16).view(np.float32) - np.int32(base << 16).view(np.float32))
-    return np.int32(delta.view(np.int32) & 0x7FFFFFFF)
+@kernel
+def _magnitudes(base: Array, row: Array, out: Array) -> Any:
+    """Bits of the magnitudes of the deltas; the largest of them."""
+    worst = np.int32(0)
+    for i in range(base.size):
+        value, below = np.int32(np.int32(row[i]) << 16), np.int32(np.int32(base[i]) << 16)
+        delta = np.float32(value.view(np.float32) - below.view(np.float32))
+        key = np.int32(delta.view(np.int32) & 0x7FFFFFFF)
+        worst = max(worst, key)
+        out[i] = key
+    return worst
 
 
 @kernel
-def _mark(base: Array, row: Array, low: Any, width: Any, marks: Array) -> Any:
-    """Mark the deltas inside a window; the largest magnitude of a delta, and how many deltas lie below the window."""
-    worst, below = np.int32(0), np.int32(0)
-    for i in range(base.size):
-        key = _key(np.int32(base[i]), np.int32(row[i]))
-        worst = max(worst, key)
-        place = np.int32(key - low)
+def _mark(keys: Array, low: Any, width: Any, marks: Array) -> Any:
+    """Mark the keys inside a window; how many lie below it."""
+    below = np.int32(0)
+    for i in range(keys.size):
+        place = np.int32(keys[i] - low)
         # The sum of two of 32 bits has 64, unless it is told otherwise, and halves the elements per instruction.
         below = np.int32(below - (place >> 31))
         # What lies below is large without its sign.
         marks[i] = np.uint8(np.uint32(place) < np.uint32(width))
-    return worst, below
+    return below
 
 
 @kernel
-def _gather(marks: Array, words: Array, found: Array) -> Any:
-    """The places that are marked into `found`; how many there are. No branch asks for a single mark."""
-    size = np.int64(0)
+def _gather(marks: Array, words: Array, full: Array, found: Array) -> Any:
+    """The places that are marked into `found`; how many there are.
+
+    Eight marks are looked at as one word, and most words are zero. No branch asks for a word or a mark: among many, it
+    would be foretold too badly.
+    """
+    some = np.int64(0)
     for word in range(words.size):
-        if words[word] != 0:
-            for i in range(8 * word, 8 * word + 8):
-                found[np.uintp(size)] = i
-                size += np.int64(marks[np.uintp(i)])
+        full[np.uintp(some)] = word
+        some += np.int64(words[word] != 0)
+    size = np.int64(0)
+    for j in range(some):
+        first = 8 * np.int64(full[np.uintp(j)])
+        for i in range(first, first + 8):
+            found[np.uintp(size)] = i
+            size += np.int64(marks[np.uintp(i)])
     return size
 
 
 @kernel
-def _count_found(base: Array, row: Array, found: Array, low: Any, shift: int, counts: Array) -> None:
+def _count_found(keys: Array, found: Array, low: Any, shift: int, counts: Array) -> None:
     within = np.int32((1 << shift) - 1)
     for k in range(found.size):
-        i = np.uintp(found[k])
-        place = np.int32(_key(np.int32(base[i]), np.int32(row[i])) - low)
+        place = np.int32(keys[np.uintp(found[k])] - low)
         at = np.uintp(place >> shift)
         odd = ((place & within) != 0) & (counts[at] < ODD)
         counts[at] += np.int64(1) + (np.int64(odd) << 40)

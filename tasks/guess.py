@@ -1,9 +1,10 @@
-"""An exact threshold in little more than one sweep: a sample says about where it lies, one sweep counts what is there.
+"""Exact thresholds in little more than one sweep: a sample says about where they lie, one sweep counts what is there.
 
 The sweeps of :mod:`mergepipe.tasks.select` need no luck, but take two looks at everything. Here the histogram of a
-sample (:class:`Sample`) gives each model a window that should hold the wanted rank; the next sweep (:class:`Near`)
-counts how many magnitudes lie below the window, and inside it one by one. If the rank lies inside, the threshold is
-found, and it is the exact one; else nothing is believed and the sure way follows. A wrong guess costs time, no bit.
+sample (:class:`Sample`) gives each wanted rank of each model a window that should hold it; the next sweep
+(:class:`Near`) counts how many magnitudes lie below each window, and inside it one by one. If all ranks lie inside
+theirs, the thresholds are found, and they are the exact ones; else nothing is believed and the sure way follows. A
+wrong guess costs time, no bit. Windows know nothing of each other, so those of one model may overlap.
 
 A window wider than 65,536 patterns has several of them on one counter. Differences of bfloat16 numbers have few
 significant bits, so all but the first pattern of a counter stay empty there; a counter that has seen another one says
@@ -21,7 +22,7 @@ import numpy as np
 
 from mergepipe.tasks import fused
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredSweep, Tile
-from mergepipe.tasks.select import FINE_BINS, TOP_BINS, count_top, order_keys
+from mergepipe.tasks.select import FINE_BINS, TOP_BINS, After, count_top, order_keys
 
 SMALLEST = 1 << 20
 """Elements from which on a guess is made: smaller tensors have too small a sample, and cost little."""
@@ -38,23 +39,31 @@ SPREAD = 1 / 512
 _LOW, _SHIFT = "_near_low", "_near_shift"
 
 Ranks = Callable[[Job], Array]
-"""Of each model the wanted rank: 0-based, ascending by magnitude, negative where none is wanted; int64, (models,)."""
-
-Found = Callable[[Job, State, State], State]
-"""What becomes of the state, given what was found: entries as of a finished selection (:mod:`~mergepipe.tasks.select`)
-without the stage's name."""
+"""The wanted ranks of each model: 0-based, ascending by magnitude, negative for one that is not wanted; int64, (models,
+ranks)."""
 
 
-def guesses(job: Job, ranks: Ranks, found: Found) -> tuple[Reduction, ...]:
-    """The two sweeps of a guess; none where it is not worth while."""
-    if not job.halves or job.work != np.float32 or job.size < SMALLEST:
+def guesses(job: Job, stage: str, ranks: Ranks, after: After) -> tuple[Reduction, ...]:
+    """The two sweeps of a guess; none where it is not worth while.
+
+    Parameters
+    ----------
+    job : Job
+    stage : str
+        Name of the selection (:mod:`mergepipe.tasks.select`) that is left finished where the guess was right.
+    ranks : callable
+        The ranks it follows.
+    after : callable
+        Called with the state once the selection is finished.
+    """
+    if not job.halves or job.work != np.float32 or job.size < SMALLEST or (ranks(job) < 0).all():
         return ()
-    return Sample(ranks), Near(ranks, found)
+    return Sample(ranks), Near(stage, ranks, after)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Histogram of a sample; leaves the windows: ``_near_low`` and ``_near_shift``, int64, (models, 1).
+    """Histogram of a sample; leaves the windows: ``_near_low`` and ``_near_shift``, int64, (models, ranks).
 
     Which elements are taken depends on how the tensor is cut. The threshold does not.
     """
@@ -83,16 +92,16 @@ class Sample:
         return lambda rows, mine, _: fused.sample_top(rows[0], tuple(rows[1:]), mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
-        """The windows, if all models get one."""
+        """The windows, if all ranks that are wanted get one."""
         assert accumulator.counts is not None
-        windows = [
-            _window(counts, int(rank), job.size) if rank >= 0 else (-1, 0)
-            for counts, rank in zip(accumulator.counts, self.ranks(job), strict=True)
-        ]
-        if any(window is None for window in windows):
-            return {}
-        lows, shifts = zip(*(window for window in windows if window is not None), strict=True)
-        return {_LOW: np.array(lows)[:, None], _SHIFT: np.array(shifts)[:, None]}
+        wanted = self.ranks(job)
+        lows, shifts = np.full_like(wanted, -1), np.zeros_like(wanted)
+        for k, r in np.argwhere(wanted >= 0):
+            window = _window(accumulator.counts[k], int(wanted[k, r]), job.size)
+            if window is None:
+                return {}
+            lows[k, r], shifts[k, r] = window
+        return {_LOW: lows, _SHIFT: shifts}
 
 
 def _window(counts: Array, rank: int, size: int) -> tuple[int, int] | None:
@@ -113,24 +122,25 @@ def _window(counts: Array, rank: int, size: int) -> tuple[int, int] | None:
 class Near:
     """Counts what lies in the windows, and how much lies below."""
 
+    stage: str
     ranks: Ranks
-    found: Found
-    name: str = "counts near the threshold"
+    after: After
+    name: str = "counts near thresholds"
 
     def needed(self, job: Job, state: State) -> bool:
         """Where there are windows to look into."""
         return _LOW in state and "thresholds" not in state
 
     def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """For each model the counters of its window, and one for what lies below."""
-        return (job.models, 1, FINE_BINS + 1), None
+        """For each model and rank the counters of its window, and one for what lies below."""
+        return (*self.ranks(job).shape, FINE_BINS + 1), None
 
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Count one tile."""
         assert accumulator.counts is not None
-        for k, (low, shift) in enumerate(zip(state[_LOW][:, 0], state[_SHIFT][:, 0], strict=True)):
-            if low >= 0:
-                _count(tile.values[k], int(low), int(shift), accumulator.counts[k, 0])
+        lows, shifts = state[_LOW], state[_SHIFT]
+        for k, r in np.argwhere(lows >= 0):
+            _count(tile.values[k], int(lows[k, r]), int(shifts[k, r]), accumulator.counts[k, r])
 
     def stored(self, job: Job, state: State) -> StoredSweep:
         """Count from the stored bits."""
@@ -138,17 +148,18 @@ class Near:
         return lambda rows, mine, _: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
-        """What `found` makes of the exact ranks, or nothing if one was missed."""
+        """The finished selection and what `after` makes of it, or nothing if a rank was missed."""
         assert accumulator.counts is not None
         wanted = self.ranks(job)
-        selection = {name: np.full((job.models, 1), fill) for name, fill in (("found", -1), ("rank", 0), ("equal", 0))}
-        for k in np.flatnonzero(wanted >= 0):
-            hit = _locate(accumulator.counts[k, 0], int(wanted[k]))
+        found, ranks, equal = np.full_like(wanted, -1), np.zeros_like(wanted), np.zeros_like(wanted)
+        for k, r in np.argwhere(wanted >= 0):
+            hit = _locate(accumulator.counts[k, r], int(wanted[k, r]))
             if hit is None:
                 return {}
-            place, selection["rank"][k, 0], selection["equal"][k, 0] = hit
-            selection["found"][k, 0] = int(state[_LOW][k, 0]) + (place << int(state[_SHIFT][k, 0]))
-        return self.found(job, state, selection)
+            place, ranks[k, r], equal[k, r] = hit
+            found[k, r] = int(state[_LOW][k, r]) + (place << int(state[_SHIFT][k, r]))
+        new = {f"_{self.stage}_found": found, f"_{self.stage}_rank": ranks, f"_{self.stage}_equal": equal}
+        return new | self.after(job, state | new)
 
 
 def _count(values: Array, low: int, shift: int, counts: Array) -> None:

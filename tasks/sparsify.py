@@ -23,6 +23,7 @@ from mergepipe.tasks.tadrop import TADROP
 from mergepipe.tasks.thinning import (
     DROP_ALL,
     KEEP_ALL,
+    STAGE,
     TIE_RULE,
     apply_cut,
     finish_thresholds,
@@ -62,8 +63,12 @@ def _start(job: Job, state: State) -> State:
     return start_thresholds(job, state, _wanted(job))
 
 
-def _guessed(job: Job, state: State, selection: State) -> State:
-    return finish_thresholds(job, state, _wanted(job), selection)
+def _rank(job: Job) -> Array:
+    return _wanted(job)[:, None]
+
+
+def _guessed(job: Job, state: State) -> State:
+    return finish_thresholds(job, state, _wanted(job))
 
 
 def _reductions(job: Job) -> tuple[Reduction, ...]:
@@ -73,7 +78,7 @@ def _reductions(job: Job) -> tuple[Reduction, ...]:
         return whole_trim.reductions(job)
     if any(restored_norms(job)):
         return (Coarse(True, _start), *threshold_reductions(job))
-    guess = guesses(job, _wanted, _guessed)
+    guess = guesses(job, STAGE, _rank, _guessed)
     # The sure way is there, but hardly ever taken, where a guess comes first.
     reads = 0.0 if guess else 1.0
     return (*guess, Coarse(False, _start, reads), *threshold_reductions(job, reads))

@@ -66,10 +66,9 @@ def start_thresholds(
     return new | settle(job, state | new) if (wanted < 0).all() else new
 
 
-def finish_thresholds(job: Job, state: State, wanted: Array, selection: State) -> State:
-    """The thresholds, where a finished selection is at hand: its `found`, `rank` and `equal`, each (models, 1)."""
+def finish_thresholds(job: Job, state: State, wanted: Array) -> State:
+    """The thresholds, where the selection is finished without a start."""
     new: State = {"_wanted": wanted, "_factors": np.ones(job.models)}
-    new |= {f"_{STAGE}_{name}": value for name, value in selection.items()}
     return new | settle(job, state | new)
 
 

@@ -69,20 +69,27 @@ def test_counting(size: int, models: int, seed: int) -> None:
         assert not fine[k, 1 - k % 2].any()
 
 
-@given(SIZES, MODELS, st.integers(0, 1000), st.integers(0, 4))
-def test_windows(size: int, models: int, seed: int, shift: int) -> None:
+@given(SIZES, MODELS, st.integers(0, 1000), st.integers(0, 4), st.integers(0, 40))
+def test_windows(size: int, models: int, seed: int, shift: int, apart: int) -> None:
+    """Two of each model, which may overlap or be one; some are not wanted."""
     base, rows = drawn(size, models, seed)
     keys = deltas(base, rows)[1].view(np.int32) & 0x7FFFFFFF
-    lows = np.array([[int(keys[k, size // 2]) >> 16 << 16] for k in range(models)])
-    found = np.zeros((models, 1, select.FINE_BINS + 1), np.int64)
-    assert fused.count_near(base, rows, lows, np.full((models, 1), shift), found)
-    for k in range(models):
-        places = keys[k].astype(np.int64) - lows[k, 0]
-        inside = places[(places >= 0) & (places < select.FINE_BINS << shift)]
-        assert found[k, 0, -1] == (places < 0).sum()
-        counts, odd = found[k, 0, :-1] % fused.ODD, found[k, 0, :-1] // fused.ODD
-        np.testing.assert_array_equal(counts, np.bincount(inside >> shift, minlength=select.FINE_BINS))
-        expected = np.bincount(inside >> shift, inside % (1 << shift) != 0, minlength=select.FINE_BINS) > 0
+    lows = np.array([[int(keys[k, size // 2]) >> 16 << 16] * 2 for k in range(models)])
+    lows[:, 1] += apart << 16
+    lows[np.random.default_rng(seed).random(lows.shape) < 0.2] = -1
+    shifts = np.array([[shift, 4]] * models)
+    found = np.zeros((models, 2, select.FINE_BINS + 1), np.int64)
+    assert fused.count_near(base, rows, lows, shifts, found)
+    for k, r in np.ndindex(lows.shape):
+        if lows[k, r] < 0:
+            assert not found[k, r].any()
+            continue
+        places, within = keys[k].astype(np.int64) - lows[k, r], 1 << shifts[k, r]
+        inside = places[(places >= 0) & (places < select.FINE_BINS * within)]
+        assert found[k, r, -1] == (places < 0).sum()
+        counts, odd = found[k, r, :-1] % fused.ODD, found[k, r, :-1] // fused.ODD
+        np.testing.assert_array_equal(counts, np.bincount(inside // within, minlength=select.FINE_BINS))
+        expected = np.bincount(inside // within, inside % within != 0, minlength=select.FINE_BINS) > 0
         np.testing.assert_array_equal(odd, expected)
 
 
@@ -146,7 +153,10 @@ def test_weighing(size: int, models: int, seed: int) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("sparsify", [{"method": "magnitude", "density": 0.3}, {"method": "tadrop"}])
+@pytest.mark.parametrize(
+    "sparsify",
+    [{"method": "magnitude", "density": 0.3}, {"method": "tadrop"}, {"method": "breadcrumbs", "density": 0.4}],
+)
 @pytest.mark.parametrize("models", [1, 3])
 def test_sweeps_count_stored_bits_as_they_count_tiles(sparsify: dict[str, Any], models: int) -> None:
     """Every sweep that can do without tiles: exact thresholds, from the first histogram to the last."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mergepipe.tasks import convert, fused, guess
+from mergepipe.tasks.breadcrumbs import kept_ranks
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, expected_reads
-from mergepipe.tasks.sparsify import MAGNITUDE
+from mergepipe.tasks.registry import SPARSIFIERS
 from support.drive import make_job
 
 SIZE = 1 << 20
@@ -25,6 +29,11 @@ def bits(values: Array) -> U16:
 
 
 def fine_tunes(size: int = SIZE, models: int = 2) -> list[U16]:
+    return [stream.copy() for stream in drawn(size, models)]
+
+
+@cache
+def drawn(size: int, models: int) -> list[U16]:
     rng = np.random.default_rng(0)
     base = rng.standard_normal(size, np.float32) * np.float32(0.02)
     return [bits(base), *(bits(base + rng.standard_normal(size, np.float32) / 1000) for _ in range(models))]
@@ -33,6 +42,12 @@ def fine_tunes(size: int = SIZE, models: int = 2) -> list[U16]:
 def job_of(size: int, densities: list[float], tie_rule: str = "keep") -> Job:
     each = [{"weight": 1.0, "density": density, "tie_rule": tie_rule} for density in densities]
     return replace(make_job("ties", (size,), np.float32, each)[1], halves=True)
+
+
+def crumbs_of(size: int, kept: list[tuple[float, float]]) -> Job:
+    """Densities and gammas."""
+    each = [{"weight": 1.0, "density": density, "gamma": gamma} for density, gamma in kept]
+    return replace(make_job("breadcrumbs", (size,), np.float32, each)[1], halves=True)
 
 
 def deltas(streams: list[U16]) -> Array:
@@ -47,7 +62,7 @@ def run(job: Job, streams: list[U16], cuts: list[int], stored: bool = True) -> t
     """All sweeps of the trim, over units of whole blocks; the state, and which sweeps were made."""
     state: State = {}
     made: list[str] = []
-    for sweep in MAGNITUDE.reductions(job):
+    for sweep in SPARSIFIERS[job.sparsify].reductions(job):
         if not sweep.needed(job, state):
             continue
         made.append(sweep.name)
@@ -83,7 +98,7 @@ def one(
 def test_a_guess_finds_the_exact_threshold(densities: list[float], stored: bool) -> None:
     streams, job = fine_tunes(), job_of(SIZE, densities)
     state, made = run(job, streams, [65536, 4 * 65536], stored)
-    assert made == ["sample", "counts near the threshold"], "the sure way was not needed"
+    assert made == ["sample", "counts near thresholds"], "the sure way was not needed"
     sure, _ = run(replace(job, halves=False), streams, [])
     for name in ("thresholds", "densities", "_stay", "_factors"):
         np.testing.assert_array_equal(state[name], sure[name])
@@ -96,7 +111,7 @@ def test_a_guess_finds_the_exact_threshold(densities: list[float], stored: bool)
 def test_ties_are_counted_as_on_the_sure_way() -> None:
     streams, job = fine_tunes(), job_of(SIZE, [0.2, 0.3], "index")
     state, made = run(job, streams, [65536])
-    assert made == ["sample", "counts near the threshold", "ties"]
+    assert made == ["sample", "counts near thresholds", "ties"]
     sure, _ = run(replace(job, halves=False), streams, [])
     np.testing.assert_array_equal(state["_ties_before"], sure["_ties_before"])
     np.testing.assert_array_equal(state["densities"], sure["densities"])
@@ -130,7 +145,7 @@ def test_a_counter_of_several_patterns_is_not_believed() -> None:
     np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
     assert made[0] == "sample"
     window = {"_near_low": np.array([[0x3F800000]]), "_near_shift": np.array([[4]])}
-    near = guess.Near(lambda job: np.array([SIZE // 3]), lambda job, state, found: {"hit": np.ones(1)})
+    near = guess.Near("s", lambda job: np.array([[SIZE // 3]]), lambda job, state: {"hit": np.ones(1)})
     counts = np.zeros((1, 1, 65537), np.int64)
     values = np.abs(deltas([base, other]))
     near.update(job, window, Accumulator(counts), Tile(0, 0, None, values, np.empty((0, 0))))
@@ -140,7 +155,69 @@ def test_a_counter_of_several_patterns_is_not_believed() -> None:
 
 @pytest.mark.parametrize("change", [{"halves": False}, {"work": np.dtype(np.float64)}, {"shape": (1000, 1000)}])
 def test_no_guess_where_it_would_not_pay(change: dict[str, object]) -> None:
-    job = replace(job_of(SIZE, [0.2]), **change)  # type: ignore[arg-type]
-    names = [sweep.name for sweep in MAGNITUDE.reductions(job)]
-    assert names[0] == "coarse histogram"
-    assert expected_reads(MAGNITUDE.reductions(job)) > expected_reads(MAGNITUDE.reductions(job_of(SIZE, [0.2])))
+    for job in (job_of(SIZE, [0.2]), crumbs_of(SIZE, [(0.2, 0.01)])):
+        reductions = SPARSIFIERS[job.sparsify].reductions
+        sure = reductions(replace(job, **change))  # type: ignore[arg-type]
+        assert sure[0].name == "coarse histogram"
+        assert expected_reads(sure) > expected_reads(reductions(job))
+
+
+NONE, WHOLE, ONE, LARGEST = (0.0, 0.01), (1.0, 0.01), (1e-6, 0.3), (0.4, 0.0)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    "kept",
+    [[(0.2, 0.01), (0.5, 0.1)], [WHOLE, (0.7, 0.05)], [(0.3, 0.3), NONE], [ONE, (0.001, 0.5)], [LARGEST, ONE]],
+)
+def test_two_ranks_of_a_model_are_guessed_together(kept: list[tuple[float, float]], stored: bool) -> None:
+    """Of windows far apart, that overlap, and that are one."""
+    streams, job = fine_tunes(), crumbs_of(SIZE, kept)
+    state, made = run(job, streams, [65536, 4 * 65536], stored)
+    assert made == ["sample", "counts near thresholds"], "the sure way was not needed"
+    sure, ways = run(replace(job, halves=False), streams, [])
+    assert ways == ["coarse histogram", "fine histogram 1 (breadcrumbs)"]
+    for name in ("thresholds", "densities", "_uppers"):
+        np.testing.assert_array_equal(state[name], sure[name])
+    lows, ordered = state["_near_low"], np.sort(np.abs(deltas(streams)), axis=1)
+    for k, (density, gamma) in enumerate(kept):
+        if kept[k] in (NONE, WHOLE):
+            assert (lows[k] == -1).all()
+            continue
+        first, last = kept_ranks(density, gamma, SIZE)
+        assert (state["thresholds"][k], state["_uppers"][k]) == (ordered[k, first], ordered[k, last])
+        if kept[k] == ONE:
+            assert first == last
+            assert lows[k, 0] == lows[k, 1]
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]) | st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3))
+def test_two_ranks_of_a_model_are_those_of_the_sure_way(kept: list[tuple[float, float]]) -> None:
+    """Whether a guess is made, is right, or is not."""
+    streams, job = fine_tunes(SIZE + 1, 3)[: 1 + len(kept)], crumbs_of(SIZE + 1, kept)
+    state, _ = run(job, streams, [SIZE // 2])
+    sure, _ = run(replace(job, halves=False), streams, [])
+    assert state.keys() >= {"thresholds", "_uppers"} or all(density == 1 for density, _ in kept)
+    for name in state.keys() & {"thresholds", "densities", "_uppers"}:
+        np.testing.assert_array_equal(state[name], sure[name])
+
+
+def test_one_rank_that_is_missed_spoils_the_guess() -> None:
+    """Elements so rare that the sample, of every eighth, saw none of them."""
+    streams, job = fine_tunes(models=1), crumbs_of(SIZE, [(0.5, 0.0)])
+    unseen = np.ones(SIZE, bool)
+    for strip in range(SIZE // fused.STRIP):
+        place = strip * fused.STRIP + ((strip * 0x9E3779B1 & 0xFFFFFFFF) >> 29) * fused.PIECE
+        unseen[place : place + fused.PIECE] = False
+    streams[1][np.flatnonzero(unseen)[-1]] = bits(np.array([1e30]))[0]
+    state, made = run(job, streams, [])
+    assert made == ["sample", "counts near thresholds", "coarse histogram", "fine histogram 1 (breadcrumbs)"]
+    assert state["_uppers"][0] > 9e29
+
+
+def test_no_guess_where_no_rank_is_wanted() -> None:
+    job = crumbs_of(SIZE, [NONE, WHOLE])
+    assert next(sweep.name for sweep in SPARSIFIERS["breadcrumbs"].reductions(job)) == "coarse histogram"
+    state, _ = run(job, fine_tunes(), [])
+    np.testing.assert_array_equal(state["thresholds"], [np.inf, 0])
