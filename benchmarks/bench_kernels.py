@@ -55,10 +55,10 @@ class Merge:
         models = len(streams) - 1
         shared = {p.name: p.default for p in self.method.parameters if not p.per_model}
         own = {p.name: p.default for p in self.method.parameters if p.per_model} | {"weight": 0.5}
-        trim = tuple({"density": density, "rescale": "none", "tie_rule": "keep"} for _ in range(models))
+        trim = {p.name: p.default for p in SPARSIFIERS[self.method.trim].parameters} | {"density": density}
         self.job = Job(
             "w", streams[0].shape, models, np.dtype(np.float32), shared, (own,) * models, self.method.trim,
-            () if self.method.trim == "none" else trim, halves=True,
+            (trim,) * models, halves=True,
         )  # fmt: skip
         self.state: State = {}
         self.base = np.empty(BLOCK_ELEMENTS, np.float32)
@@ -186,9 +186,11 @@ def report_roofed(report: Report, streams: list[Array], density: float, repeats:
     for count in (len(streams) - 1, len(streams)):
         times = nanoseconds(partial(_xor, tuple(streams[:count]), out), out.size, repeats)
         roofs[count] = report.add(f"memory roof, xor of {count} streams", times, "ns")
-    for name in ("linear", "task_arithmetic", "ties"):
+    for name in ("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties"):
         merge = Merge(name, streams, density)
         merge.reduce()
+        if merge.state:
+            report.add(f"{name}: sweeps", nanoseconds(merge.reduce, out.size, repeats), "ns")
         roof = roofs[len(merge.streams)]
         ours = report.add(f"{name}: kernel", nanoseconds(merge.apply, out.size, repeats), "ns")
         report.add(f"{name}: kernel / memory roof", ours / roof, "x")

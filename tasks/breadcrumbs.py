@@ -15,7 +15,7 @@ import numpy as np
 
 from mergepipe.tasks.guess import guesses
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Array, Job, Paper, Parameter, Reduction, Sparsifier, State, Tile
+from mergepipe.tasks.method import Array, Bounds, Job, Paper, Parameter, Reduction, Sparsifier, State, Tile
 from mergepipe.tasks.select import Coarse, refinements, selected, start_selection
 from mergepipe.tasks.shrinkage import Shrinkage, restore
 
@@ -105,6 +105,17 @@ def _mask(job: Job, state: State, tile: Tile) -> None:
     restore(job, state, tile, STAGE)
 
 
+def _bounds(job: Job, state: State) -> Bounds | None:
+    ones = (1.0,) * job.models
+    if "thresholds" not in state:
+        return Bounds((0.0,) * job.models, None, ones)
+    factors = tuple(state[f"_{STAGE}_factors"].tolist()) if f"_{STAGE}_factors" in state else ones
+    # A factor too large for the working type makes NaN of what is dropped, in `restore`.
+    if max(factors) >= float(np.finfo(job.work).max):
+        return None
+    return Bounds(tuple(state["thresholds"].tolist()), tuple(state["_uppers"].tolist()), factors)
+
+
 def _restored(job: Job) -> tuple[bool, ...]:
     return tuple(params["rescale"] and not _whole(params) for params in job.sparsify_params)
 
@@ -127,5 +138,6 @@ BREADCRUMBS = Sparsifier(
     parameters=PARAMETERS,
     reductions=_reductions,
     mask=_mask,
+    bounds=_bounds,
     paper=Paper("Model Breadcrumbs", "https://arxiv.org/abs/2312.06795"),
 )

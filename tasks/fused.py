@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.jit import inlined, kernel
 from mergepipe.tasks.method import Array
 
 Rows = tuple[Array, ...]
@@ -259,12 +259,21 @@ def _count_found(keys: Array, found: Array, low: Any, shift: int, counts: Array)
         counts[at] += np.int64(1) + (np.int64(odd) << 40)
 
 
+@inlined
+def _kept(value: Any, least: Any, most: Any, k: int) -> Any:
+    """Whether a delta of model `k` is neither too small nor too large."""
+    if most is None:
+        return abs(value) >= np.float32(least[k])
+    return (abs(value) >= np.float32(least[k])) & (abs(value) <= np.float32(most[k]))
+
+
 @kernel
 def agree(
     base: Array,
     rows: Rows,
     weights: Scalars,
     least: Scalars,
+    most: Scalars | None,
     factors: Scalars | None,
     normalize: bool,
     scale: float,
@@ -275,6 +284,8 @@ def agree(
     Parameters
     ----------
     base, rows, out : uint16 ndarray, shape (n,)
+    most : tuple of float, or None
+        Larger magnitudes are dropped as those below `least` are; None where none is too large.
     factors : tuple of float, or None
         None where all are 1.
     weights, least, normalize, scale
@@ -300,14 +311,14 @@ def agree(
             value = np.int32(own << 16).view(np.float32) - below
             thinned = value if factors is None else np.float32(factors[k]) * value
             term = np.float32(weights[k]) * thinned
-            vote = vote + term if abs(value) >= np.float32(least[k]) else vote
+            vote = vote + term if _kept(value, least, most, k) else vote
         elected = one if vote >= zero else -one
         total, agreeing = zero, zero
         for k in range(len(rows)):
             value = np.int32(np.int32(rows[k][i]) << 16).view(np.float32) - below
             thinned = value if factors is None else np.float32(factors[k]) * value
             term = np.float32(weights[k]) * thinned
-            agrees = (abs(value) >= np.float32(least[k])) & (term * elected > zero)
+            agrees = _kept(value, least, most, k) & (term * elected > zero)
             total = total + term if agrees else total
             agreeing = agreeing + np.float32(weights[k]) if agrees else agreeing
         divisor = agreeing if (agreeing != zero) & normalize else one
@@ -324,6 +335,7 @@ def add(
     rows: Rows,
     weights: Scalars,
     least: Scalars,
+    most: Scalars | None,
     factors: Scalars | None,
     divisor: float,
     scale: float,
@@ -343,7 +355,7 @@ def add(
             peak = max(peak, np.int32(own & 0x7FFF))
             value = np.int32(own << 16).view(np.float32) - below
             thinned = value if factors is None else np.float32(factors[k]) * value
-            total = total + np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else total
+            total = total + np.float32(weights[k]) * thinned if _kept(value, least, most, k) else total
         bits = np.float32(below + factor * (total / whole if divides else total)).view(np.int32)
         worst = max(worst, peak)
         over = max(over, np.int32(bits & 0x7FFFFFFF))
@@ -377,6 +389,7 @@ def agree_in_strips(
     strips: Rows,
     weights: Scalars,
     least: Scalars,
+    most: Scalars | None,
     factors: Scalars,
     normalize: bool,
     scale: float,
@@ -391,7 +404,7 @@ def agree_in_strips(
         worst = max(worst, _decode(base[start:stop], below))
         for k in range(len(rows)):
             worst = max(worst, _deltas(rows[k][start:stop], below, strips[k]))
-        _agree(below, strips, weights, least, factors, normalize, scale, merged[: stop - start])
+        _agree(below, strips, weights, least, most, factors, normalize, scale, merged[: stop - start])
         over |= _encode(merged, out[start:stop])
     return bool((worst < 0x7F80) & (over == 0))
 
@@ -402,6 +415,7 @@ def _agree(
     rows: Rows,
     weights: Scalars,
     least: Scalars,
+    most: Scalars | None,
     factors: Scalars,
     normalize: bool,
     scale: float,
@@ -413,14 +427,14 @@ def _agree(
         for k in range(len(rows)):
             value = rows[k][i]
             thinned = np.float32(factors[k]) * value
-            vote += np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else zero
+            vote += np.float32(weights[k]) * thinned if _kept(value, least, most, k) else zero
         elected = one if vote >= zero else -one
         total = zero
         agreeing = zero
         for k in range(len(rows)):
             value = rows[k][i]
             thinned = np.float32(factors[k]) * value
-            term = np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else zero
+            term = np.float32(weights[k]) * thinned if _kept(value, least, most, k) else zero
             agrees = term * elected > zero
             total += term if agrees else zero
             agreeing += np.float32(weights[k]) if agrees else zero
@@ -435,6 +449,7 @@ def add_in_strips(
     strips: Rows,
     weights: Scalars,
     least: Scalars,
+    most: Scalars | None,
     factors: Scalars,
     divisor: float,
     scale: float,
@@ -449,7 +464,7 @@ def add_in_strips(
         worst = max(worst, _decode(base[start:stop], below))
         for k in range(len(rows)):
             worst = max(worst, _deltas(rows[k][start:stop], below, strips[k]))
-        _add(below, strips, weights, least, factors, divisor, scale, merged[: stop - start])
+        _add(below, strips, weights, least, most, factors, divisor, scale, merged[: stop - start])
         over |= _encode(merged, out[start:stop])
     return bool((worst < 0x7F80) & (over == 0))
 
@@ -460,6 +475,7 @@ def _add(
     rows: Rows,
     weights: Scalars,
     least: Scalars,
+    most: Scalars | None,
     factors: Scalars,
     divisor: float,
     scale: float,
@@ -471,5 +487,5 @@ def _add(
         for k in range(len(rows)):
             value = rows[k][i]
             thinned = np.float32(factors[k]) * value
-            total += np.float32(weights[k]) * thinned if abs(value) >= np.float32(least[k]) else zero
+            total += np.float32(weights[k]) * thinned if _kept(value, least, most, k) else zero
         out[i] = base[i] + factor * (total / whole)

@@ -539,6 +539,30 @@ Masks = Callable[[Job, State, Tile], Array]
 leaves ``rescalers`` (float64, (models,)) in the state by a round; see :mod:`mergepipe.pipeline.masks`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """A thinning that goes by magnitude alone, one number per model.
+
+    Attributes
+    ----------
+    least : tuple of float
+        Smallest magnitude that is kept.
+    most : tuple of float, or None
+        Largest one; None where none is too large.
+    factors : tuple of float
+        What is kept is multiplied by it.
+    """
+
+    least: tuple[float, ...]
+    most: tuple[float, ...] | None
+    factors: tuple[float, ...]
+
+
+def no_bounds(job: Job, state: State) -> Bounds | None:
+    """The bounds of a sparsifier that goes by something else."""
+    return None
+
+
 def no_reductions(job: Job) -> tuple[Reduction, ...]:
     """The reductions of a method that needs none."""
     return ()
@@ -564,6 +588,8 @@ class Sparsifier:
     mask : callable
         ``mask(job, state, tile)`` thins (and rescales) `tile.values` in place. Called by the kernels of the methods
         that work on deltas, which may fuse it with what they do next.
+    bounds : callable
+        ``bounds(job, state)`` is all that `mask` does, or None where it does more.
     rounds : callable
         Sweeps over the whole model that come first, given the jobs of a group in plan order.
     scopes : tuple of str
@@ -576,6 +602,7 @@ class Sparsifier:
     parameters: tuple[Parameter, ...]
     reductions: Callable[[Job], tuple[Reduction, ...]]
     mask: Callable[[Job, State, Tile], None]
+    bounds: Callable[[Job, State], Bounds | None] = no_bounds
     rounds: Callable[[Sequence[Job]], tuple[Round, ...]] = no_rounds
     scopes: tuple[str, ...] = ("tensor",)
     paper: Paper | None = None

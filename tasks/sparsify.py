@@ -16,7 +16,18 @@ from mergepipe.tasks import whole_trim
 from mergepipe.tasks.breadcrumbs import BREADCRUMBS
 from mergepipe.tasks.della import DELLA
 from mergepipe.tasks.guess import guesses
-from mergepipe.tasks.method import Array, Job, Paper, Parameter, Reduction, Round, Sparsifier, State, no_reductions
+from mergepipe.tasks.method import (
+    Array,
+    Bounds,
+    Job,
+    Paper,
+    Parameter,
+    Reduction,
+    Round,
+    Sparsifier,
+    State,
+    no_reductions,
+)
 from mergepipe.tasks.random_drop import RANDOM
 from mergepipe.tasks.select import Coarse
 from mergepipe.tasks.tadrop import TADROP
@@ -27,6 +38,7 @@ from mergepipe.tasks.thinning import (
     TIE_RULE,
     apply_cut,
     finish_thresholds,
+    plain_cut,
     restored_norms,
     start_thresholds,
     threshold_reductions,
@@ -95,6 +107,7 @@ NONE = Sparsifier(
     parameters=(),
     reductions=no_reductions,
     mask=lambda job, state, tile: None,
+    bounds=lambda job, state: Bounds((0.0,) * job.models, None, (1.0,) * job.models),
 )
 
 MAGNITUDE = Sparsifier(
@@ -104,6 +117,7 @@ MAGNITUDE = Sparsifier(
     parameters=TRIM_PARAMETERS,
     reductions=_reductions,
     mask=apply_cut,
+    bounds=plain_cut,
     rounds=_rounds,
     scopes=("tensor", "model"),
     paper=Paper("TIES-Merging: Resolving Interference When Merging Models", "https://arxiv.org/abs/2306.01708"),

@@ -15,7 +15,7 @@ from mergepipe.tasks import fused, kernels, weighting
 from mergepipe.tasks.majority import Majority, majority_rounds
 from mergepipe.tasks.method import Array, Blocks, Job, Parameter, Reduction, Round, State, StoredKernel, Tile
 from mergepipe.tasks.sparsify import SPARSIFIERS
-from mergepipe.tasks.thinning import apply_cut, cut, plain_cut
+from mergepipe.tasks.thinning import apply_cut, cut
 
 SCRATCH_ROWS = 2
 
@@ -107,29 +107,26 @@ def _vote(job: Job, values: Array, out: Array) -> None:
 
 
 def stored(job: Job, state: State) -> StoredKernel | None:
-    """The kernel of the family from bits to bits, where all is said by thresholds, factors and weights."""
-    sparsifier = SPARSIFIERS[job.sparsify]
-    cuts = plain_cut(job, state) if sparsifier.mask is apply_cut else None
-    if sparsifier.name == "none":
-        cuts = (0.0,) * job.models, (1.0,) * job.models
+    """The kernel of the family from bits to bits, where all is said by bounds, factors and weights."""
+    bounds = SPARSIFIERS[job.sparsify].bounds(job, state)
     consensus, normalized, scale = job.params["consensus"], job.params["normalize"], job.params["lambda"]
-    if cuts is None or consensus == "count" or job.models > kernels.FEW or _ties_elect_minus(state):
+    if bounds is None or consensus == "count" or job.models > kernels.FEW or _ties_elect_minus(state):
         return None
     job = weighting.weighted(job, state)
-    least, factors = cuts
     weights = tuple(float(params["weight"]) for params in job.model_params)
+    least, most, factors = bounds.least, bounds.most, bounds.factors
+    scales = None if set(factors) == {1.0} else factors
 
     def run(rows: Sequence[Array], out: Array, _: Blocks) -> bool:
         base, models = rows[0], tuple(rows[1:])
         if job.models > fused.AT_ONCE:
-            strips = fused.strips(job.models)
+            thinned = (models, fused.strips(job.models), weights, least, most, factors)
             if consensus == "sum":
-                return fused.agree_in_strips(base, models, strips, weights, least, factors, normalized, scale, out)
-            return fused.add_in_strips(base, models, strips, weights, least, factors, _divisor(job), scale, out)
-        scales = None if set(factors) == {1.0} else factors
+                return fused.agree_in_strips(base, *thinned, normalized, scale, out)
+            return fused.add_in_strips(base, *thinned, _divisor(job), scale, out)
         if consensus == "sum":
-            return fused.agree(base, models, weights, least, scales, normalized, scale, out)
-        return fused.add(base, models, weights, least, scales, _divisor(job), scale, out)
+            return fused.agree(base, models, weights, least, most, scales, normalized, scale, out)
+        return fused.add(base, models, weights, least, most, scales, _divisor(job), scale, out)
 
     return run
 

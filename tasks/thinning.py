@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergepipe.tasks import kernels, philox, slices
-from mergepipe.tasks.method import Accumulator, Array, Job, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Bounds, Job, Parameter, Reduction, State, Tile
 from mergepipe.tasks.select import refinements, selected, start_selection
 from mergepipe.tasks.shrinkage import kept_norms
 
@@ -190,9 +190,12 @@ def _cut_slices(job: Job, state: State, tile: Tile) -> None:
         apply_cut(one, slices.state_of(state, piece.of), slices.part(tile, piece))
 
 
-def plain_cut(job: Job, state: State) -> tuple[kernels.Scalars, kernels.Scalars] | None:
-    """Thresholds and factors where they say everything; None where :func:`cut` has more to do."""
-    return None if state.keys() & {"_ties_before", "_limits", slices.COUNT} else _thresholds_and_factors(job, state)
+def plain_cut(job: Job, state: State) -> Bounds | None:
+    """The `bounds` of every sparsifier of this kind: None where :func:`cut` does more than thresholds say."""
+    if state.keys() & {"_ties_before", "_limits", slices.COUNT}:
+        return None
+    thresholds, factors = _thresholds_and_factors(job, state)
+    return Bounds(thresholds, None, factors)
 
 
 def _thresholds_and_factors(job: Job, state: State) -> tuple[kernels.Scalars, kernels.Scalars]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mergepipe.tasks import convert, fused, kernels, select
 from mergepipe.tasks.method import Accumulator, stored_sweep
-from support.drive import load_tile, make_job
+from support.drive import load_tile, make_job, merge
 
 U16 = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
@@ -107,35 +107,74 @@ def test_a_sample_is_of_every_column() -> None:
     assert taken.all()
 
 
-@given(SIZES, MODELS, st.integers(0, 1000), st.booleans())
-def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool) -> None:
+@given(SIZES, MODELS, st.integers(0, 1000), st.booleans(), st.booleans())
+def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool, bounded: bool) -> None:
     base, rows = drawn(size, models, seed)
     weights, least, factors = settings_for(models, seed)
     below, values = deltas(base, rows)
     merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
     strips = fused.strips(models)
+    most = None
+    if bounded:
+        # Bounds that elements lie on, or nothing is between; the general way takes off what is too large beforehand.
+        places = np.random.default_rng(seed).integers(0, size, (2, models))
+        least, most = (tuple(float(abs(row[i])) for row, i in zip(values, place, strict=True)) for place in places)
+        for row, largest in zip(values, most, strict=True):
+            row[np.abs(row) > largest] = 0
     given = [factors]
     if seed % 2:
         factors, given = (1.0,) * models, [(1.0,) * models, None]
 
     kernels.agree_few(below, tuple(values), weights, least, factors, normalize, 0.7, merged)
     convert.encode(merged, "BF16", expected)
-    assert fused.agree_in_strips(base, rows, strips, weights, least, factors, normalize, 0.7, found)
+    assert fused.agree_in_strips(base, rows, strips, weights, least, most, factors, normalize, 0.7, found)
     np.testing.assert_array_equal(found, expected)
     for scales in given:
         found.fill(1)
-        assert fused.agree(base, rows, weights, least, scales, normalize, 0.7, found)
+        assert fused.agree(base, rows, weights, least, most, scales, normalize, 0.7, found)
         np.testing.assert_array_equal(found, expected)
 
     for divisor in (1.0, 1.3):
         kernels.add_few(below, tuple(values), weights, least, factors, divisor, 0.7, merged)
         convert.encode(merged, "BF16", expected)
-        assert fused.add_in_strips(base, rows, strips, weights, least, factors, divisor, 0.7, found)
+        assert fused.add_in_strips(base, rows, strips, weights, least, most, factors, divisor, 0.7, found)
         np.testing.assert_array_equal(found, expected)
         for scales in given:
             found.fill(1)
-            assert fused.add(base, rows, weights, least, scales, divisor, 0.7, found)
+            assert fused.add(base, rows, weights, least, most, scales, divisor, 0.7, found)
             np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kept", [(0.3, 0.1), (1.0, 0.1), (0.0, 0.1), (0.6, 0.0)])
+@given(SIZES, MODELS, st.integers(0, 1000), st.booleans())
+def test_crumbs_go_from_bits_to_bits(
+    method: str, normalize: bool, kept: tuple[float, float], size: int, models: int, seed: int, rescale: bool
+) -> None:
+    """Of the first model; the others keep half and drop a few outliers."""
+    base, rows = drawn(size, models, seed)
+    below, own = np.empty(size, np.float32), [np.empty(size, np.float32) for _ in rows]
+    for bits, values in zip((base, *rows), (below, *own), strict=True):
+        convert.decode(bits, "BF16", values)
+    each: list[dict[str, Any]] = [{"weight": 0.3, "density": 0.5, "gamma": 0.02} for _ in rows]
+    each[0] = {"weight": -0.7, "density": kept[0], "gamma": kept[1], "rescale": rescale}
+    params = {"normalize": normalize, "lambda": 0.7}
+    merged = merge(method, own, below, each, params)
+    found, job = make_job(method, (size,), "f4", each, params)
+    run = found.stored(job, merged.state)
+    assert run is not None
+    expected, out = np.empty(size, np.uint16), np.empty(size, np.uint16)
+    convert.encode(merged.out, "BF16", expected)
+    assert run([base, *rows], out, (0, job.blocks))
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_a_factor_beyond_the_working_type_is_for_the_general_way() -> None:
+    found, job = make_job("breadcrumbs", (4,), "f4", [{"weight": 0.0, "density": 0.5, "rescale": True}])
+    state = {"thresholds": np.ones(1), "_uppers": np.ones(1), "_breadcrumbs_factors": np.array([1e30])}
+    assert found.stored(job, state) is not None
+    assert found.stored(job, {**state, "_breadcrumbs_factors": np.array([1e300])}) is None
 
 
 @given(SIZES, MODELS, st.integers(0, 1000))
@@ -197,10 +236,10 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
     assert not fused.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
     zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
     assert not fused.count_near(base, rows, zero, zero, counts)
-    assert not fused.agree(base, rows, weights, zeros, ones, True, 1.0, out)
-    assert not fused.add(base, rows, weights, zeros, None, 1.0, 1.0, out)
-    assert not fused.agree_in_strips(base, rows, strips, weights, zeros, ones, True, 1.0, out)
-    assert not fused.add_in_strips(base, rows, strips, weights, zeros, ones, 1.0, 1.0, out)
+    assert not fused.agree(base, rows, weights, zeros, None, ones, True, 1.0, out)
+    assert not fused.add(base, rows, weights, zeros, None, None, 1.0, 1.0, out)
+    assert not fused.agree_in_strips(base, rows, strips, weights, zeros, None, ones, True, 1.0, out)
+    assert not fused.add_in_strips(base, rows, strips, weights, zeros, None, ones, 1.0, 1.0, out)
     for divisor in (1.0, 2.0, np.inf):
         assert fused.weigh(rows, weights, divisor, out) == (model < 0)
 
@@ -210,10 +249,10 @@ def test_what_does_not_fit_is_not_done() -> None:
     out, strips = np.empty(1, np.uint16), fused.strips(2)
     ones, zeros = (1.0, 1.0), (0.0, 0.0)
     assert not fused.weigh((large, large), ones, 1.0, out)
-    assert not fused.agree(base, (large, large), ones, zeros, ones, False, 1.0, out)
-    assert not fused.add(base, (large, large), ones, zeros, None, 1.0, 1.0, out)
-    assert not fused.agree_in_strips(base, (large, large), strips, ones, zeros, ones, False, 1.0, out)
-    assert not fused.add_in_strips(base, (large, large), strips, ones, zeros, ones, 1.0, 1.0, out)
+    assert not fused.agree(base, (large, large), ones, zeros, None, ones, False, 1.0, out)
+    assert not fused.add(base, (large, large), ones, zeros, None, None, 1.0, 1.0, out)
+    assert not fused.agree_in_strips(base, (large, large), strips, ones, zeros, None, ones, False, 1.0, out)
+    assert not fused.add_in_strips(base, (large, large), strips, ones, zeros, None, ones, 1.0, 1.0, out)
     assert fused.weigh((large, large), (0.5, 0.5), 1.0, out)
 
 
