@@ -194,7 +194,10 @@ def turn_rows(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"chunk_size": "256KiB"}, {"reader": "direct", "memory": "288MiB"}])
-def test_a_guess_does_not_show(how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs_ties"])
+def test_a_guess_does_not_show(
+    method: str, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Thresholds of bfloat16 tensors large enough to be guessed: held, cut small, or read anew for each sweep."""
     torch.manual_seed(0)
     base = {"w": torch.randn(1536, 1024) * 0.02}
@@ -203,7 +206,7 @@ def test_a_guess_does_not_show(how: dict[str, Any], tmp_path: Path, monkeypatch:
         path.mkdir()
         noise = torch.randn(1536, 1024) * (0.001 * number)
         save_file({"w": (base["w"] + noise).bfloat16()}, path / "model.safetensors", {"format": "pt"})
-    recipe = recipe_for("ties", paths)
+    recipe = recipe_for(method, paths)
     found = merge(recipe, tmp_path / "guessed", **how)
     assert not (tmp_path / "guessed" / "work" / "statistics" / "histogram").exists(), "the guess was right"
     monkeypatch.setattr(guess, "SMALLEST", 1 << 40)
