@@ -54,7 +54,7 @@ class Merge:
         self.take(streams)
         models = len(streams) - 1
         shared = {p.name: p.default for p in self.method.parameters if not p.per_model}
-        own = {p.name: p.default for p in self.method.parameters if p.per_model} | {"weight": 0.5}
+        own = {p.name: p.default for p in self.method.parameters if p.per_model} | {"weight": 0.5, "density": density}
         trim = {p.name: p.default for p in SPARSIFIERS[self.method.trim].parameters} | {"density": density}
         self.job = Job(
             "w", streams[0].shape, models, np.dtype(np.float32), shared, (own,) * models, self.method.trim,
@@ -186,7 +186,7 @@ def report_roofed(report: Report, streams: list[Array], density: float, repeats:
     for count in (len(streams) - 1, len(streams)):
         times = nanoseconds(partial(_xor, tuple(streams[:count]), out), out.size, repeats)
         roofs[count] = report.add(f"memory roof, xor of {count} streams", times, "ns")
-    for name in ("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties"):
+    for name in ("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties"):
         merge = Merge(name, streams, density)
         merge.reduce()
         if merge.state:
@@ -195,6 +195,8 @@ def report_roofed(report: Report, streams: list[Array], density: float, repeats:
         ours = report.add(f"{name}: kernel", nanoseconds(merge.apply, out.size, repeats), "ns")
         report.add(f"{name}: kernel / memory roof", ours / roof, "x")
         report.add(f"{name}: tile by tile", nanoseconds(merge.apply_tiles, out.size, repeats), "ns")
+        if name == "dare_ties":
+            report.add(f"{name}: norms around the drop", nanoseconds(merge.reduce, out.size, repeats), "ns")
         if name == "ties":
             report.add(f"{name}: norms of what is kept", nanoseconds(merge.measure, out.size, repeats), "ns")
 

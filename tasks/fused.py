@@ -38,7 +38,13 @@ TOO_LARGE = 0x7F7F8000
 AT_ONCE = 5
 """Most models whose deltas one loop takes at once: with more it is not vectorised, and 20 times slower."""
 
+MARKED = 4
+"""As :data:`AT_ONCE`, where marks are read beside the models."""
+
 FINE_BINS = 1 << 16
+
+LANES = 64
+"""As of :mod:`mergepipe.tasks.kernels`: partial sums are part of the result."""
 
 ODD = 1 << 40
 """What :func:`count_near` adds to a counter, once a call, if it met a pattern that is not the counter's first: above
@@ -489,3 +495,173 @@ def _add(
             thinned = np.float32(factors[k]) * value
             total += np.float32(weights[k]) * thinned if _kept(value, least, most, k) else zero
         out[i] = base[i] + factor * (total / whole)
+
+
+@kernel
+def agree_marked(
+    base: Array,
+    rows: Rows,
+    marks: Array,
+    weights: Scalars,
+    least: Scalars,
+    factors: Scalars,
+    normalize: bool,
+    scale: float,
+    out: Array,
+) -> bool:
+    """As :func:`agree`, of deltas some of which are dropped first, for up to :data:`MARKED` models.
+
+    Parameters
+    ----------
+    marks : uint8 ndarray, shape (n,)
+        Bit k is set where model k's delta stays.
+    others
+        As for :func:`agree`.
+    """
+    zero, one, factor = np.float32(0), np.float32(1), np.float32(scale)
+    worst, over = np.int32(0), np.int32(0)
+    for i in range(out.size):
+        stored = np.int32(base[i])
+        below = np.int32(stored << 16).view(np.float32)
+        peak = np.int32(stored & 0x7FFF)
+        stays = np.int32(marks[i])
+        vote = zero
+        for k in range(len(rows)):
+            own = np.int32(rows[k][i])
+            peak = max(peak, np.int32(own & 0x7FFF))
+            value = np.int32(own << 16).view(np.float32) - below if stays & np.int32(1 << k) else zero
+            term = np.float32(weights[k]) * np.float32(np.float32(factors[k]) * value)
+            vote = vote + term if abs(value) >= np.float32(least[k]) else vote
+        elected = one if vote >= zero else -one
+        total, agreeing = zero, zero
+        for k in range(len(rows)):
+            own = np.int32(rows[k][i])
+            value = np.int32(own << 16).view(np.float32) - below if stays & np.int32(1 << k) else zero
+            term = np.float32(weights[k]) * np.float32(np.float32(factors[k]) * value)
+            agrees = (abs(value) >= np.float32(least[k])) & (term * elected > zero)
+            total = total + term if agrees else total
+            agreeing = agreeing + np.float32(weights[k]) if agrees else agreeing
+        divisor = agreeing if (agreeing != zero) & normalize else one
+        bits = np.float32(below + factor * (total / divisor)).view(np.int32)
+        worst = max(worst, peak)
+        over = max(over, np.int32(bits & 0x7FFFFFFF))
+        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return bool((worst < 0x7F80) & (over < TOO_LARGE))
+
+
+@kernel
+def add_marked(
+    base: Array,
+    rows: Rows,
+    marks: Array,
+    weights: Scalars,
+    least: Scalars,
+    factors: Scalars,
+    divisor: float,
+    scale: float,
+    out: Array,
+) -> bool:
+    """As :func:`add`, of deltas some of which are dropped first; `marks` as for :func:`agree_marked`."""
+    zero, whole, factor = np.float32(0), np.float32(divisor), np.float32(scale)
+    divides = whole != np.float32(1)
+    worst, over = np.int32(0), np.int32(0)
+    for i in range(out.size):
+        stored = np.int32(base[i])
+        below = np.int32(stored << 16).view(np.float32)
+        peak = np.int32(stored & 0x7FFF)
+        stays = np.int32(marks[i])
+        total = zero
+        for k in range(len(rows)):
+            own = np.int32(rows[k][i])
+            peak = max(peak, np.int32(own & 0x7FFF))
+            value = np.int32(own << 16).view(np.float32) - below if stays & np.int32(1 << k) else zero
+            term = np.float32(weights[k]) * np.float32(np.float32(factors[k]) * value)
+            total = total + term if abs(value) >= np.float32(least[k]) else total
+        bits = np.float32(below + factor * (total / whole if divides else total)).view(np.int32)
+        worst = max(worst, peak)
+        over = max(over, np.int32(bits & 0x7FFFFFFF))
+        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return bool((worst < 0x7F80) & (over < TOO_LARGE))
+
+
+@kernel
+def keep(base: Array, rows: Rows, marks: Array, out: Array) -> bool:
+    """What other loops here can be given in place of the models: the base's bits where a model's delta is dropped.
+
+    For more than :data:`MARKED` models. A value less itself is zero, as a dropped delta is.
+
+    Parameters
+    ----------
+    base, rows : uint16 ndarray, shape (n,); one row per model
+    marks : uint8 ndarray, shape (n,)
+        As for :func:`agree_marked`.
+    out : uint16 ndarray, shape (models, n)
+
+    Returns
+    -------
+    bool
+        False if a model's stored value is not finite, whether it stays or not.
+    """
+    worst = np.int32(0)
+    for k in range(len(rows)):
+        worst = max(worst, _keep(base, rows[k], marks, np.int32(1 << k), out[k]))
+    return bool(worst < 0x7F80)
+
+
+@kernel
+def _keep(base: Array, row: Array, marks: Array, bit: Any, out: Array) -> Any:
+    worst = np.int32(0)
+    for i in range(out.size):
+        own = np.int32(row[i])
+        worst = max(worst, np.int32(own & 0x7FFF))
+        out[i] = np.uint16(own if np.int32(marks[i]) & bit else np.int32(base[i]))
+    return worst
+
+
+@kernel
+def norms_around(base: Array, rows: Rows, marks: Array, edges: Array, sums: Array) -> bool:
+    """Norms of the deltas and of those that stay, block by block, as :func:`mergepipe.tasks.kernels.norms` adds them.
+
+    Parameters
+    ----------
+    base, rows : uint16 ndarray, shape (n,); one row per model
+    marks : uint8 ndarray, shape (n,)
+        As for :func:`agree_marked`.
+    edges : int64 ndarray, shape (blocks + 1,)
+        Where each block begins, and the end of the last one.
+    sums : float64 ndarray, shape (blocks, 2, models, 2)
+        Overwritten: of all deltas and of those that stay the sum of magnitudes and the sum of squares.
+
+    Returns
+    -------
+    bool
+        False if a stored value, or a delta, is not finite; `sums` are of no use then.
+    """
+    fine = True
+    for block in range(edges.size - 1):
+        part = slice(edges[block], edges[block + 1])
+        for k in range(len(rows)):
+            _norms(base[part], rows[k][part], marks[part], 1 << k, sums[block, :, k])
+            fine &= bool(np.isfinite(sums[block, 0, k, 0]))
+    return fine
+
+
+@kernel
+def _norms(base: Array, row: Array, marks: Array, bit: int, sums: Array) -> None:
+    """The same for one model and block."""
+    lanes = np.zeros((4, LANES))
+    ones, twos, ones_left, twos_left = lanes[0], lanes[1], lanes[2], lanes[3]
+    for start in range(0, base.size, LANES):
+        below, own, stays = base[start : start + LANES], row[start : start + LANES], marks[start : start + LANES]
+        for i in range(below.size):
+            value = np.int32(np.int32(own[i]) << 16).view(np.float32)
+            delta = np.float32(value - np.int32(np.int32(below[i]) << 16).view(np.float32))
+            magnitude = abs(np.float64(delta))
+            square = magnitude * magnitude
+            ones[i] += magnitude
+            twos[i] += square
+            ones_left[i] += magnitude if stays[i] & bit else 0.0
+            twos_left[i] += square if stays[i] & bit else 0.0
+    for power in range(2):
+        sums[0, power] = lanes[power].sum()
+        sums[1, power] = lanes[2 + power].sum()

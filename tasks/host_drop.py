@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mergepipe.tasks import task_vectors as family
-from mergepipe.tasks.method import Array, Job, Parameter, Reduction, State, Tile
-from mergepipe.tasks.random_drop import Drawn, restored
+from mergepipe.tasks.method import Array, Bounds, Job, Parameter, Reduction, State, StoredKernel, Tile
+from mergepipe.tasks.philox import Draw
+from mergepipe.tasks.random_drop import Drawn, restored, scales
 from mergepipe.tasks.shrinkage import Shrinkage, restore
 from mergepipe.tasks.sparsify import SPARSIFIERS
 
@@ -47,16 +48,23 @@ class HostDrop:
         As :func:`mergepipe.tasks.random_drop.drop`.
     check : callable
         Refuses, while planning, what can't be done.
+    draw : callable
+        As :func:`mergepipe.tasks.random_drop.draw`, where that is all that `drop` does but for a rescale; None else.
     """
 
     drop: Callable[[Job, Tile, Sequence[Drawn], str], None]
     check: Callable[[Job, Sequence[Drawn]], None] = lambda job, drawn: None
+    draw: Callable[[Job, Sequence[Drawn]], Draw] | None = None
 
     def reductions(self, job: Job) -> tuple[Reduction, ...]:
         """Those of the recipe's sparsifier, then the norms around the host's own thinning."""
         self.check(job, drawn(job))
-        around = Shrinkage(STAGE, lambda job: restored(drawn(job)), self._thin, first)
+        around = Shrinkage(STAGE, lambda job: restored(drawn(job)), self._thin, first, self._draw)
         return (*family.reductions(job), around)
+
+    def _draw(self, job: Job) -> Draw | None:
+        """What stays, where it is a matter of chance alone."""
+        return None if self.draw is None or job.sparsify != "none" else self.draw(job, drawn(job))
 
     def _thin(self, job: Job, state: State, tile: Tile) -> None:
         self.drop(job, tile, drawn(job), "" if job.sparsify == "none" else "\0host")
@@ -71,3 +79,11 @@ class HostDrop:
         self.thin(job, state, tile)
         restore(job, state, tile, STAGE)
         family.apply(replace(job, sparsify="none"), state, tile, out)
+
+    def stored(self, job: Job, state: State) -> StoredKernel | None:
+        """The kernel from bits to bits, where it is a matter of chance alone what stays."""
+        chance = self._draw(job)
+        if chance is None:
+            return None
+        zeros = (0.0,) * job.models
+        return family.stored_within(job, state, Bounds(zeros, None, scales(job, state, drawn(job), STAGE), chance))

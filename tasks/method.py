@@ -18,10 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from mergepipe.tasks.philox import Draw
 
 Array = npt.NDArray[Any]
 State = dict[str, Array]
@@ -541,7 +544,7 @@ leaves ``rescalers`` (float64, (models,)) in the state by a round; see :mod:`mer
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """A thinning that goes by magnitude alone, one number per model.
+    """A thinning that goes by magnitude and by chance alone, one number per model.
 
     Attributes
     ----------
@@ -551,11 +554,14 @@ class Bounds:
         Largest one; None where none is too large.
     factors : tuple of float
         What is kept is multiplied by it.
+    draw : Draw or None
+        What is dropped by chance; None where nothing is.
     """
 
     least: tuple[float, ...]
     most: tuple[float, ...] | None
     factors: tuple[float, ...]
+    draw: Draw | None = None
 
 
 def no_bounds(job: Job, state: State) -> Bounds | None:

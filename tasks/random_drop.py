@@ -11,11 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mergepipe.tasks import kernels, philox
-from mergepipe.tasks.method import Job, Paper, Parameter, Reduction, Sparsifier, State, Tile
-from mergepipe.tasks.shrinkage import Shrinkage, restore
+from mergepipe.tasks.method import Bounds, Job, Paper, Parameter, Reduction, Sparsifier, State, Tile
+from mergepipe.tasks.shrinkage import Shrinkage, factors, restore
 
 STAGE = "random"
 
@@ -31,6 +29,11 @@ Drawn = Mapping[str, Any]
 """One model's `density` and `rescale`, and whatever else its thinning takes."""
 
 
+def draw(job: Job, drawn: Sequence[Drawn], stream: str = "") -> philox.Draw:
+    """Which elements stay; parameters as of :func:`drop`."""
+    return philox.draw(job, [math.floor(params["density"] * philox.ALL) for params in drawn], stream)
+
+
 def drop(job: Job, tile: Tile, drawn: Sequence[Drawn], stream: str = "") -> None:
     """Drop at random from every row of `tile.values`, and apply ``inverse_keep``. In place.
 
@@ -41,19 +44,29 @@ def drop(job: Job, tile: Tile, drawn: Sequence[Drawn], stream: str = "") -> None
     stream : str
         Tells apart two thinnings of one tensor; "" is the mask of the specification.
     """
-    for k, params in enumerate(drawn):
-        density = params["density"]
-        if density >= 1:
-            continue
-        key = np.uint64(philox.mask_key(job.seed, job.offset + k, job.name + stream))
-        philox.drop_random(tile.values[k], key, tile.start, math.floor(density * 2**32))
-        if params["rescale"] == "inverse_keep" and density > 0:
-            kernels.thin(tile.values[k], 0.0, 1 / density)
+    draw(job, drawn, stream).drop(tile)
+    for row, params in zip(tile.values, drawn, strict=True):
+        if _inverse_keep(params) != 1:
+            kernels.thin(row, 0.0, _inverse_keep(params))
+
+
+def _inverse_keep(params: Drawn) -> float:
+    density: float = params["density"]
+    return 1 / density if params["rescale"] == "inverse_keep" and 0 < density < 1 else 1.0
+
+
+def scales(job: Job, state: State, drawn: Sequence[Drawn], stage: str = STAGE) -> kernels.Scalars:
+    """What survivors are multiplied by in all: by ``inverse_keep``, or to restore the norm before a stage."""
+    return tuple(own * _inverse_keep(params) for own, params in zip(factors(job, state, stage), drawn, strict=True))
 
 
 def restored(drawn: Sequence[Drawn]) -> tuple[bool, ...]:
     """Of which models the L1 norm has to be measured."""
     return tuple(params["rescale"] == "l1" and 0 < params["density"] < 1 for params in drawn)
+
+
+def _draw(job: Job) -> philox.Draw:
+    return draw(job, job.sparsify_params)
 
 
 def _thin(job: Job, state: State, tile: Tile) -> None:
@@ -66,7 +79,11 @@ def _mask(job: Job, state: State, tile: Tile) -> None:
 
 
 def _reductions(job: Job) -> tuple[Reduction, ...]:
-    return (Shrinkage(STAGE, lambda job: restored(job.sparsify_params), _thin),)
+    return (Shrinkage(STAGE, lambda job: restored(job.sparsify_params), _thin, draw=_draw),)
+
+
+def _bounds(job: Job, state: State) -> Bounds:
+    return Bounds((0.0,) * job.models, None, scales(job, state, job.sparsify_params), _draw(job))
 
 
 RANDOM = Sparsifier(
@@ -76,5 +93,6 @@ RANDOM = Sparsifier(
     parameters=(DENSITY, RESCALE),
     reductions=_reductions,
     mask=_mask,
+    bounds=_bounds,
     paper=Paper("Language Models are Super Mario", "https://arxiv.org/abs/2311.03099"),
 )

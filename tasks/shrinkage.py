@@ -11,12 +11,28 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mergepipe.tasks import kernels
-from mergepipe.tasks.method import Accumulator, Array, InPlace, Job, State, Tile
+from mergepipe.tasks import fused, kernels
+from mergepipe.tasks.method import (
+    Accumulator,
+    Array,
+    Blocks,
+    InPlace,
+    Job,
+    State,
+    StoredSweep,
+    Tile,
+    block_bounds,
+)
+from mergepipe.tasks.philox import MOST, Draw
 
 
 def as_it_is(job: Job, state: State, tile: Tile) -> None:
     """The :data:`InPlace` that changes nothing."""
+
+
+def no_draw(job: Job) -> Draw | None:
+    """The draw of a thinning that chance alone does not decide."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +53,15 @@ class Shrinkage:
         The thinning, without a rescale.
     before : callable
         What runs ahead of it and is not part of the ratio.
+    draw : callable
+        Says for a job what stays, where chance alone decides and nothing runs ahead; None else.
     """
 
     stage: str
     restored: Callable[[Job], Sequence[bool]]
     thin: InPlace
     before: InPlace = as_it_is
+    draw: Callable[[Job], Draw | None] = no_draw
 
     @property
     def name(self) -> str:
@@ -67,6 +86,24 @@ class Shrinkage:
         self.thin(_unscaled(job), state, tile)
         for k in range(job.models):
             kernels.norms(tile.values[k], sums[1, k])
+
+    def stored(self, job: Job, state: State) -> StoredSweep | None:
+        """Measure stored bits, where a draw says what stays."""
+        draw = self.draw(job) if job.models <= MOST else None
+        if draw is None:
+            return None
+
+        def run(rows: Sequence[Array], accumulator: Accumulator, blocks: Blocks) -> bool:
+            assert accumulator.blocks is not None
+            for (first, after), part, marks in draw.marked(job.shape, blocks):
+                starts = [block_bounds(job.shape, index)[0] for index in range(first, after)]
+                edges = np.array([*starts, starts[0] + marks.size]) - starts[0]
+                base, *models = [row[part] for row in rows]
+                if not fused.norms_around(base, tuple(models), marks, edges, accumulator.blocks[first:after]):
+                    return False
+            return True
+
+        return run
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The factors and ``kept_norms``."""
@@ -100,9 +137,13 @@ def kept_norms(before: Array, after: Array) -> Array:
     return found
 
 
+def factors(job: Job, state: State, stage: str) -> kernels.Scalars:
+    """What a :class:`Shrinkage` has found that survivors are to be multiplied by; 1 if it did not run."""
+    return tuple(state[f"_{stage}_factors"].tolist()) if f"_{stage}_factors" in state else (1.0,) * job.models
+
+
 def restore(job: Job, state: State, tile: Tile, stage: str) -> None:
-    """Multiply `tile.values`, thinned already, by the factors of a :class:`Shrinkage`, if it ran. In place."""
-    factors = state[f"_{stage}_factors"].tolist() if f"_{stage}_factors" in state else [1.0] * job.models
-    for row, factor in zip(tile.values, factors, strict=True):
+    """Multiply `tile.values`, thinned already, by the factors of a :class:`Shrinkage`. In place."""
+    for row, factor in zip(tile.values, factors(job, state, stage), strict=True):
         if factor != 1:
             kernels.thin(row, 0.0, factor)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mergepipe.tasks import fused, kernels, weighting
 from mergepipe.tasks.majority import Majority, majority_rounds
-from mergepipe.tasks.method import Array, Blocks, Job, Parameter, Reduction, Round, State, StoredKernel, Tile
+from mergepipe.tasks.method import Array, Bounds, Job, Parameter, Reduction, Round, State, StoredKernel, Tile
 from mergepipe.tasks.sparsify import SPARSIFIERS
 from mergepipe.tasks.thinning import apply_cut, cut
 
@@ -107,17 +107,22 @@ def _vote(job: Job, values: Array, out: Array) -> None:
 
 
 def stored(job: Job, state: State) -> StoredKernel | None:
-    """The kernel of the family from bits to bits, where all is said by bounds, factors and weights."""
+    """The kernel of the family from bits to bits, where all is said by bounds, chance, factors and weights."""
     bounds = SPARSIFIERS[job.sparsify].bounds(job, state)
+    return None if bounds is None else stored_within(job, state, bounds)
+
+
+def stored_within(job: Job, state: State, bounds: Bounds) -> StoredKernel | None:
+    """The same for bounds of any origin."""
     consensus, normalized, scale = job.params["consensus"], job.params["normalize"], job.params["lambda"]
-    if bounds is None or consensus == "count" or job.models > kernels.FEW or _ties_elect_minus(state):
+    if consensus == "count" or job.models > kernels.FEW or _ties_elect_minus(state):
         return None
     job = weighting.weighted(job, state)
     weights = tuple(float(params["weight"]) for params in job.model_params)
-    least, most, factors = bounds.least, bounds.most, bounds.factors
+    least, most, factors, chance = bounds.least, bounds.most, bounds.factors, bounds.draw
     scales = None if set(factors) == {1.0} else factors
 
-    def run(rows: Sequence[Array], out: Array, _: Blocks) -> bool:
+    def run(rows: Sequence[Array], out: Array) -> bool:
         base, models = rows[0], tuple(rows[1:])
         if job.models > fused.AT_ONCE:
             thinned = (models, fused.strips(job.models), weights, least, most, factors)
@@ -128,7 +133,21 @@ def stored(job: Job, state: State) -> StoredKernel | None:
             return fused.agree(base, models, weights, least, most, scales, normalized, scale, out)
         return fused.add(base, models, weights, least, most, scales, _divisor(job), scale, out)
 
-    return run
+    def run_marked(rows: Sequence[Array], marks: Array, out: Array) -> bool:
+        base, models = rows[0], tuple(rows[1:])
+        if job.models > fused.MARKED:
+            kept = np.empty((job.models, out.size), np.uint16)
+            return fused.keep(base, models, marks, kept) and run([base, *kept], out)
+        if consensus == "sum":
+            return fused.agree_marked(base, models, marks, weights, least, factors, normalized, scale, out)
+        return fused.add_marked(base, models, marks, weights, least, factors, _divisor(job), scale, out)
+
+    if chance is None:
+        return lambda rows, out, _: run(rows, out)
+    assert most is None, "no sparsifier draws and drops the largest, too"
+    return lambda rows, out, blocks: all(
+        run_marked([row[part] for row in rows], marks, out[part]) for _, part, marks in chance.marked(job.shape, blocks)
+    )
 
 
 def _apply_many(job: Job, tile: Tile, scale: float, out: Array) -> None:

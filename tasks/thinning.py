@@ -177,11 +177,16 @@ def cut(job: Job, state: State, tile: Tile) -> tuple[kernels.Scalars, kernels.Sc
         before, until = state["_ties_before"][tile.index], state["_ties_before"][tile.index + 1]
         for k in np.flatnonzero((state["_stay"] >= 0) & (until > state["_stay"])):
             kernels.drop_late_ties(tile.values[k], thresholds[k], max(0, int(state["_stay"][k] - before[k])))
-    if "_limits" in state:
-        for k in np.flatnonzero(state["_limits"] >= 0):
-            key = philox.mask_key(job.seed, job.offset + int(k), job.name)
-            philox.drop_random(tile.values[k], np.uint64(key), tile.start, int(state["_limits"][k]))
+    chance = draw(job, state)
+    if chance is not None:
+        chance.drop(tile)
     return thresholds, factors
+
+
+def draw(job: Job, state: State) -> philox.Draw | None:
+    """Which elements stay of the models that drop at random; None if none does."""
+    limits = state.get("_limits")
+    return None if limits is None else philox.draw(job, np.where(limits >= 0, limits, philox.ALL))
 
 
 def _cut_slices(job: Job, state: State, tile: Tile) -> None:
@@ -191,11 +196,11 @@ def _cut_slices(job: Job, state: State, tile: Tile) -> None:
 
 
 def plain_cut(job: Job, state: State) -> Bounds | None:
-    """The `bounds` of every sparsifier of this kind: None where :func:`cut` does more than thresholds say."""
-    if state.keys() & {"_ties_before", "_limits", slices.COUNT}:
+    """The `bounds` of every sparsifier of this kind: None where it takes more than thresholds and chance."""
+    if state.keys() & {"_ties_before", slices.COUNT}:
         return None
     thresholds, factors = _thresholds_and_factors(job, state)
-    return Bounds(thresholds, None, factors)
+    return Bounds(thresholds, None, factors, draw(job, state))
 
 
 def _thresholds_and_factors(job: Job, state: State) -> tuple[kernels.Scalars, kernels.Scalars]:

@@ -6,9 +6,9 @@ from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks import weighting
 from mergepipe.tasks.host_drop import RESCALE, RESCALE_BY, HostDrop
 from mergepipe.tasks.method import MergeMethod, Paper
-from mergepipe.tasks.random_drop import DENSITY, drop
+from mergepipe.tasks.random_drop import DENSITY, draw, drop
 
-_HOST = HostDrop(drop)
+_HOST = HostDrop(drop, draw=draw)
 
 METHOD = MergeMethod(
     name="dare_linear",
@@ -27,6 +27,7 @@ METHOD = MergeMethod(
         family.INT8_MASK,
     ),
     kernel=_HOST.apply,
+    stored=_HOST.stored,
     reductions=_HOST.reductions,
     thin=_HOST.thin,
     rounds=weighting.rounds,

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from test_tasks.test_fused import as_bits
 
 from mergepipe.tasks import convert, scores
 from mergepipe.tasks.method import Accumulator, Job, MergeMethod, State, block_bounds, stored_sweep
+from support.bits import as_bits
 from support.drive import load_tile, make_job
 
 U16 = npt.NDArray[np.uint16]
