@@ -21,7 +21,8 @@ from benchmarks.bench_kernels import random_streams
 from benchmarks.bench_rkl import Fusion
 from benchmarks.report import Report, common_options
 from mergepipe.tasks import convert
-from mergepipe.tasks.method import Accumulator, Array, Job, Tile, block_elements, can_offload, stored_sweep
+from mergepipe.tasks.blocks import block_elements
+from mergepipe.tasks.method import Accumulator, Array, Job, Tile, can_offload, stored_sweep
 from mergepipe.tasks.registry import METHODS
 from mergepipe.tasks.rows_torch import Scorer, lane_bytes
 from mergepipe.tasks.subspace.panels import Made, Sources, Span, panel_floats

@@ -19,18 +19,9 @@ import numpy as np
 
 from benchmarks.report import Report, common_options
 from mergepipe.tasks import convert
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS, Blocks
 from mergepipe.tasks.kept_norms import KeptNorms, thinning
-from mergepipe.tasks.method import (
-    BLOCK_ELEMENTS,
-    Accumulator,
-    Array,
-    Blocks,
-    Job,
-    Sparsifier,
-    State,
-    Tile,
-    stored_sweep,
-)
+from mergepipe.tasks.method import Accumulator, Array, Job, Sparsifier, State, Tile, stored_sweep
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 
 UNIT = 1 << 20

@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks.bench_kernels import nanoseconds, random_streams
 from benchmarks.report import Report, common_options
 from mergepipe.tasks import convert, rows
-from mergepipe.tasks.method import Accumulator, Array, Blocks, Job, Reduction, State, Tile, block_bounds, stored_sweep
+from mergepipe.tasks.blocks import Blocks, block_bounds
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, stored_sweep
 from mergepipe.tasks.registry import METHODS
 
 UNIT = 64

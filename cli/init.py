@@ -12,7 +12,8 @@ import click
 from mergepipe.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
-    from mergepipe.tasks.method import MergeMethod, Parameter
+    from mergepipe.tasks.method import MergeMethod
+    from mergepipe.tasks.parameter import Parameter
 
 BASES = {
     "required": "base_model: ./base            # the common ancestor of the models: a folder",
@@ -71,7 +72,7 @@ def recipe_text(method: MergeMethod) -> str:
     >>> print(recipe_text(METHODS["linear"]).splitlines()[3])
     merge_method: linear
     """
-    from mergepipe.tasks.method import REQUIRED
+    from mergepipe.tasks.parameter import REQUIRED
 
     own = [p for p in method.parameters if p.per_model and not p.without_effect]
     shared = [p for p in method.parameters if not p.per_model and not p.without_effect]
@@ -99,7 +100,7 @@ def recipe_text(method: MergeMethod) -> str:
 def _block(parameters: list[Parameter], indent: str) -> Iterator[str]:
     """Lines of a `parameters:` mapping; all of it a comment if no parameter has to be given."""
     from mergepipe.cli.methods import example_value
-    from mergepipe.tasks.method import REQUIRED
+    from mergepipe.tasks.parameter import REQUIRED
 
     if not parameters:
         return

@@ -9,7 +9,8 @@ import click
 from mergepipe.cli.options import json_option, print_json
 
 if TYPE_CHECKING:
-    from mergepipe.tasks.method import Job, MergeMethod, Parameter, Sparsifier
+    from mergepipe.tasks.method import Job, MergeMethod, Sparsifier
+    from mergepipe.tasks.parameter import Parameter
 
 BASES = {
     "required": "needs a base, from which task vectors are taken",
@@ -81,7 +82,7 @@ def describe(declared: MergeMethod | Sparsifier) -> dict[str, Any]:
 
 
 def _parameter(parameter: Parameter) -> dict[str, Any]:
-    from mergepipe.tasks.method import REQUIRED
+    from mergepipe.tasks.parameter import REQUIRED
 
     required = parameter.default is REQUIRED
     return {
@@ -101,7 +102,7 @@ def _parameter(parameter: Parameter) -> dict[str, Any]:
 
 def example_value(parameter: Parameter) -> Any:
     """The default of a parameter, or something sensible within its bounds."""
-    from mergepipe.tasks.method import REQUIRED
+    from mergepipe.tasks.parameter import REQUIRED
 
     if parameter.default is not REQUIRED:
         return parameter.default

@@ -41,7 +41,8 @@ from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.workspace import Workspace
 from mergepipe.tasks import change
 from mergepipe.tasks.adjust import held_bytes
-from mergepipe.tasks.method import Job, State, block_elements
+from mergepipe.tasks.blocks import block_elements
+from mergepipe.tasks.method import Job, State
 from mergepipe.tasks.nodes import Nowhere, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.sources import TensorSource

@@ -31,7 +31,8 @@ from mergepipe.storage.manifest import ChunkManifest
 from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.workspace import Workspace
 from mergepipe.tasks import kept_norms
-from mergepipe.tasks.method import InPlace, Job, State, block_elements
+from mergepipe.tasks.blocks import block_elements
+from mergepipe.tasks.method import InPlace, Job, State
 from mergepipe.tasks.nodes import Nowhere, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.sources import TensorSource

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mergepipe.errors import MemoryBudgetError, UsageError
-from mergepipe.tasks.method import BLOCK_ELEMENTS
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS
 
 MIB = 1024 * 1024
 RESERVED_BYTES = 256 * MIB

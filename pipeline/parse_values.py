@@ -15,7 +15,7 @@ from mergepipe.pipeline.patterns import compile_pattern
 from mergepipe.pipeline.recipe import Parameters
 from mergepipe.pipeline.scope import Scope
 from mergepipe.pipeline.values import MISSING, Filtered, FilterEntry, Gradient, Missing, Scalar, ValueSpec
-from mergepipe.tasks.method import Parameter
+from mergepipe.tasks.parameter import Parameter
 
 MAX_FAULTS = 50
 MAX_MESSAGE = 400

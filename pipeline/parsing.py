@@ -21,7 +21,8 @@ from mergepipe.pipeline.recipe import ModelSpec, Parameters, Recipe, Rule, Spars
 from mergepipe.pipeline.references import Reference, is_hub_id, parse_reference, split_revision
 from mergepipe.pipeline.scope import Scope
 from mergepipe.pipeline.tokenizer_keys import parse_chat_template, parse_tokenizer
-from mergepipe.tasks.method import REQUIRED, MergeMethod
+from mergepipe.tasks.method import MergeMethod
+from mergepipe.tasks.parameter import REQUIRED
 
 KEYS = (
     *("merge_method", "base_model", "models", "parameters", "sparsify", "scope", "rules", "dtype", "out_dtype"),

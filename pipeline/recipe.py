@@ -20,7 +20,8 @@ from mergepipe.pipeline.document import apply_overrides, load_document, read_doc
 from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.tokenizer_keys import TokenizerSpec
 from mergepipe.pipeline.values import MISSING, Missing, Scalar, ValueSpec, layer_of, resolve, to_plain
-from mergepipe.tasks.method import REQUIRED, MergeMethod, Parameter, Sparsifier
+from mergepipe.tasks.method import MergeMethod, Sparsifier
+from mergepipe.tasks.parameter import REQUIRED, Parameter
 
 __all__ = [
     "ModelSpec",

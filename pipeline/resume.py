@@ -21,7 +21,8 @@ from mergepipe.pipeline.schedule import ScheduledTensor
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.journal import Record
 from mergepipe.storage.writer import SealedShard
-from mergepipe.tasks.method import Shared, State, block_bounds, block_count, lasting
+from mergepipe.tasks.blocks import block_bounds, block_count
+from mergepipe.tasks.method import Shared, State, lasting
 
 Interval = tuple[int, int]
 

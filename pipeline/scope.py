@@ -15,7 +15,8 @@ from mergepipe.pipeline.recipe import (
     sparsify_of,
     thins_by_density,
 )
-from mergepipe.tasks.method import REQUIRED, MergeMethod, Parameter, Sparsifier
+from mergepipe.tasks.method import MergeMethod, Sparsifier
+from mergepipe.tasks.parameter import REQUIRED, Parameter
 
 if TYPE_CHECKING:
     from mergepipe.pipeline.align import Alignment

@@ -18,7 +18,8 @@ from mergepipe.pipeline.memory import CUDA_BYTES, TORCH_BYTES, Ceiling
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.rounds import sweeps_ahead
 from mergepipe.pipeline.schedule import ScheduledTensor, schedule
-from mergepipe.tasks.method import block_elements, can_offload
+from mergepipe.tasks.blocks import block_elements
+from mergepipe.tasks.method import can_offload
 from mergepipe.tasks.registry import METHODS
 from mergepipe.tasks.rows_torch import LANE_COUNT, lane_bytes
 

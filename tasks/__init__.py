@@ -1,7 +1,8 @@
 """What is computed: kernels, reductions, methods, and the nodes of the graph.
 
 A merge method is zero or more reductions over a tensor and one kernel that maps a tile of every model to a tile of the
-output; :mod:`mergepipe.tasks.method` says what that means and :mod:`mergepipe.tasks.registry` lists them all.
+output; :mod:`mergepipe.tasks.method` says what that means, :mod:`mergepipe.tasks.blocks` how a tensor is cut, and
+:mod:`mergepipe.tasks.registry` lists them all.
 
 * :mod:`~mergepipe.tasks.convert`: stored bits to the working type and back.
 * :mod:`~mergepipe.tasks.adjust`: scales and adapters, applied to blocks before anything else sees them.

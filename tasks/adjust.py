@@ -20,8 +20,9 @@ from typing import Literal
 
 import numpy as np
 
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS, block_bounds, block_count
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import BLOCK_ELEMENTS, Array, block_bounds, block_count
+from mergepipe.tasks.method import Array
 
 COLUMNS = 1024
 """Columns of a low-rank update computed at once: all ranks of so many stay in the second-level cache."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from mergepipe.tasks.guess import guesses
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Array, Bounds, Job, Paper, Parameter, Reduction, Sparsifier, State, Tile
+from mergepipe.tasks.method import Array, Bounds, Job, Paper, Reduction, Sparsifier, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.select import Coarse, refinements, selected, start_selection
 from mergepipe.tasks.shrinkage import Shrinkage, restore
 

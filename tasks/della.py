@@ -18,8 +18,10 @@ import numpy as np
 
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.tasks import philox
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import BLOCK_ELEMENTS, Array, Job, Paper, Parameter, Reduction, Sparsifier, State, Tile
+from mergepipe.tasks.method import Array, Job, Paper, Reduction, Sparsifier, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.random_drop import DENSITY, RESCALE, Drawn, restored
 from mergepipe.tasks.select import order_keys
 from mergepipe.tasks.shrinkage import Shrinkage, restore

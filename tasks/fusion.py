@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergepipe.tasks import kernels, rows, scores
-from mergepipe.tasks.method import Array, Blocks, Job, State, StoredKernel, Tile, block_bounds, block_elements
+from mergepipe.tasks.blocks import Blocks, block_bounds, block_elements
+from mergepipe.tasks.method import Array, Job, State, StoredKernel, Tile
 
 SCRATCH_ROWS = 3
 """Scores, the primary as earlier stages left it, and the best score so far."""

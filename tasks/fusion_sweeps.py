@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergepipe.tasks import fusion_torch, kernels, rows, scores
+from mergepipe.tasks.blocks import Blocks, block_elements
 from mergepipe.tasks.fusion import (
     Settings,
     Stage,
@@ -24,7 +25,7 @@ from mergepipe.tasks.fusion import (
     stages,
     stored_rows,
 )
-from mergepipe.tasks.method import Accumulator, Array, Blocks, Job, Reduction, State, StoredSweep, Tile, block_elements
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredSweep, Tile
 from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.select import (
     FINE_BINS,

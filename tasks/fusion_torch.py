@@ -11,8 +11,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from mergepipe.tasks import rows
+from mergepipe.tasks.blocks import block_elements
 from mergepipe.tasks.fusion import Settings, Stage, primary_of
-from mergepipe.tasks.method import Accumulator, Array, Job, State, Tile, block_elements
+from mergepipe.tasks.method import Accumulator, Array, Job, State, Tile
 from mergepipe.tasks.rows_torch import (
     Lane,
     Scorer,

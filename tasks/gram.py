@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergepipe.tasks import kernels
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.kernels import LANES
-from mergepipe.tasks.method import BLOCK_ELEMENTS, Accumulator, Array, Job, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, State, Tile
 from mergepipe.tasks.sparsify import SPARSIFIERS
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mergepipe.tasks import task_vectors as family
-from mergepipe.tasks.method import Array, Bounds, Job, Parameter, Reduction, State, StoredKernel, Tile
+from mergepipe.tasks.method import Array, Bounds, Job, Reduction, State, StoredKernel, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.philox import Draw
 from mergepipe.tasks.random_drop import Drawn, restored, scales
 from mergepipe.tasks.shrinkage import Shrinkage, restore

@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from mergepipe.tasks.blocks import Blocks, block_count
+from mergepipe.tasks.parameter import Parameter
+
 if TYPE_CHECKING:
     from mergepipe.tasks.philox import Draw
 
@@ -47,179 +50,6 @@ def lasting(state: State) -> State:
     ['thresholds']
     """
     return {name: value for name, value in state.items() if name not in PASSING}
-
-
-BLOCK_ELEMENTS = 65_536
-"""Elements of a block: the grain of float64 partial sums, and the size of a tile."""
-
-
-def block_elements(shape: tuple[int, ...]) -> int:
-    """Length in elements of the blocks that a tensor of this shape is folded in.
-
-    Whole rows (along the last axis) while a row has at most 65,536 elements, else 65,536-element pieces; a wider row is
-    cut into pieces of its own, so that no block spans two rows of it (see :func:`block_bounds`).
-
-    Examples
-    --------
-    >>> block_elements((4096, 4096)), block_elements((7,)), block_elements((3, 100_000))
-    (65536, 7, 65536)
-    """
-    width = shape[-1] if shape else 1
-    if width == 0 or math.prod(shape) == 0:
-        return BLOCK_ELEMENTS
-    if width <= BLOCK_ELEMENTS:
-        return (BLOCK_ELEMENTS // width) * width if len(shape) > 1 else width
-    return BLOCK_ELEMENTS
-
-
-def block_count(shape: tuple[int, ...]) -> int:
-    """How many blocks a tensor of this shape has; 0 if it is empty.
-
-    Examples
-    --------
-    >>> block_count((4096, 4096)), block_count((3, 100_000)), block_count(()), block_count((0, 5))
-    (256, 6, 1, 0)
-    """
-    size = math.prod(shape)
-    if size == 0:
-        return 0
-    width = shape[-1] if shape else 1
-    if width > BLOCK_ELEMENTS:
-        return (size // width) * -(-width // BLOCK_ELEMENTS)
-    return -(-size // block_elements(shape))
-
-
-def block_bounds(shape: tuple[int, ...], index: int) -> tuple[int, int]:
-    """First element and one past the last (flat, row-major) of block `index` of a tensor of this shape.
-
-    Examples
-    --------
-    >>> block_bounds((3, 100_000), 1), block_bounds((3, 100_000), 2), block_bounds((5, 30_000), 2)
-    ((65536, 100000), (100000, 165536), (120000, 150000))
-    """
-    size = math.prod(shape)
-    width = shape[-1] if shape else 1
-    if width > BLOCK_ELEMENTS:
-        per_row = -(-width // BLOCK_ELEMENTS)
-        row, piece = divmod(index, per_row)
-        start = row * width + piece * BLOCK_ELEMENTS
-        return start, min(start + BLOCK_ELEMENTS, (row + 1) * width)
-    step = block_elements(shape)
-    return index * step, min((index + 1) * step, size)
-
-
-class Required:
-    """The default of a parameter that has none."""
-
-    def __repr__(self) -> str:
-        return "required"
-
-
-REQUIRED = Required()
-
-Kind = Literal["number", "integer", "flag", "choice", "patterns", "rank"]
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter of a method or a sparsifier: its type, bounds, default and meaning.
-
-    Attributes
-    ----------
-    name : str
-        As it stands in a recipe.
-    kind : {'number', 'integer', 'flag', 'choice', 'patterns', 'rank'}
-    doc : str
-        One line for `mergepipe methods` and the documentation.
-    default : object
-        `REQUIRED` where a recipe has to give it; None where "not set" means something.
-    per_model : bool
-        True if each model may have its own value.
-    minimum, maximum : float or None
-        Bounds, included unless `open_minimum` / `open_maximum`.
-    choices : tuple of str
-        For kind 'choice'.
-    without_effect : bool
-        True for a key that mergekit declares and that changes nothing here: accepted and noted.
-    stand_in : (str, str, float) or None
-        ``(name, choice, value)``: where parameter `name` of the method is `choice`, this one is not to be given, and
-        kernels find `value` in its place.
-    """
-
-    name: str
-    kind: Kind
-    doc: str
-    default: object = REQUIRED
-    per_model: bool = False
-    minimum: float | None = None
-    maximum: float | None = None
-    open_minimum: bool = False
-    open_maximum: bool = False
-    choices: tuple[str, ...] = ()
-    without_effect: bool = False
-    stand_in: tuple[str, str, float] | None = None
-
-    def check(self, value: object) -> Any:
-        """The value in its proper type.
-
-        Raises
-        ------
-        ValueError
-            If it is of the wrong type or out of bounds; the message says what was expected and what was found.
-
-        Examples
-        --------
-        >>> Parameter("density", "number", "kept fraction", 1.0, minimum=0, maximum=1).check(1)
-        1.0
-        >>> Parameter("density", "number", "kept fraction", 1.0, minimum=0, maximum=1).check(1.5)
-        Traceback (most recent call last):
-        ...
-        ValueError: expected a number from 0 to 1, found 1.5
-        """
-        if value is None and self.default is None:
-            return None
-        if self.kind == "flag" and isinstance(value, bool | int) and value in (0, 1):
-            return bool(value)
-        if self.kind == "choice" and value in self.choices:
-            return value
-        if self.kind == "patterns" and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        if self.kind == "rank" and not isinstance(value, bool):
-            # 1 is one component, 1.0 all of them.
-            if value == "auto" or (isinstance(value, int) and value >= 1):
-                return value
-            if isinstance(value, float) and 0 < value <= 1:
-                return value
-        if self.kind in ("number", "integer") and isinstance(value, int | float) and not isinstance(value, bool):
-            whole = self.kind == "integer"
-            if math.isfinite(value) and (not whole or value == int(value)) and self.inside(value):
-                return int(value) if whole else float(value)
-        raise ValueError(f"expected {self.expected}, found {value!r}")
-
-    def inside(self, value: float) -> bool:
-        """Whether a number is within the bounds."""
-        low = self.minimum is None or value > self.minimum or (value == self.minimum and not self.open_minimum)
-        high = self.maximum is None or value < self.maximum or (value == self.maximum and not self.open_maximum)
-        return low and high
-
-    @property
-    def expected(self) -> str:
-        """What a recipe may write here, in words."""
-        if self.kind == "flag":
-            return "true or false"
-        if self.kind == "choice":
-            return "one of " + ", ".join(self.choices)
-        if self.kind == "patterns":
-            return "a list of regular expressions"
-        if self.kind == "rank":
-            return "auto, a whole number from 1, or a fraction above 0.0 to 1.0"
-        noun = "a whole number" if self.kind == "integer" else "a number"
-        parts = []
-        if self.minimum is not None:
-            parts.append(f"{'above' if self.open_minimum else 'from'} {self.minimum:g}")
-        if self.maximum is not None:
-            parts.append(f"{'below' if self.open_maximum else 'to'} {self.maximum:g}")
-        return " ".join([noun, *parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,9 +342,6 @@ Kernel = Callable[[Job, State, Tile, Array], None]
 InPlace = Callable[[Job, State, Tile], None]
 """Changes `tile.values`."""
 
-
-Blocks = tuple[int, int]
-"""First block and one past the last of a unit."""
 
 StoredKernel = Callable[[Sequence[Array], Array, Blocks], bool]
 """From the stored bits of a unit (the base first, if there is one) to those of its output, shape (n,). False, with the

@@ -22,16 +22,15 @@ from mergepipe.storage.manifest import Segment
 from mergepipe.storage.readers import Reader
 from mergepipe.storage.writer import PAGE
 from mergepipe.tasks import convert
+from mergepipe.tasks.blocks import Blocks, block_bounds
 from mergepipe.tasks.method import (
     Accumulator,
     Array,
-    Blocks,
     Job,
     MergeMethod,
     Reduction,
     State,
     Tile,
-    block_bounds,
     can_offload,
     expected_reads,
     stored_sweep,

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from mergepipe.tasks.blocks import Blocks, block_bounds, block_elements
 from mergepipe.tasks.jit import inlined, kernel
-from mergepipe.tasks.method import Array, Blocks, Job, Tile, block_bounds, block_elements
+from mergepipe.tasks.method import Array, Job, Tile
 
 ROUNDS = 10
 

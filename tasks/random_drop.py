@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mergepipe.tasks import kernels, philox
-from mergepipe.tasks.method import Bounds, Job, Paper, Parameter, Reduction, Sparsifier, State, Tile
+from mergepipe.tasks.method import Bounds, Job, Paper, Reduction, Sparsifier, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.shrinkage import Shrinkage, factors, restore
 
 STAGE = "random"

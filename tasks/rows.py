@@ -20,7 +20,7 @@ exponential of D, that of A is a short polynomial, and nothing of order D is lef
 
 Any other row is worked on in two steps, extremes first and then sums, each of which is a few numbers that can be
 folded over *pieces* of the row. A row that fits a block is one piece; a wider one, which is never taken for close, is
-cut as :func:`~mergepipe.tasks.method.block_bounds` cuts it, whatever the chunks are. The exponentials are our own, of
+cut as :func:`~mergepipe.tasks.blocks.block_bounds` cuts it, whatever the chunks are. The exponentials are our own, of
 additions and multiplications alone: they vectorise, and their bits are the same on every machine.
 """
 
@@ -31,9 +31,10 @@ from typing import Any
 
 import numpy as np
 
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS
 from mergepipe.tasks.jit import inlined, kernel
 from mergepipe.tasks.kernels import LANES
-from mergepipe.tasks.method import BLOCK_ELEMENTS, Array, Job
+from mergepipe.tasks.method import Array, Job
 
 EXTREMES = 6
 """Of a piece: largest A, largest A + D, sum of D, smallest D, largest D, sum of squares of D."""

@@ -12,17 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mergepipe.tasks import fused, kernels
-from mergepipe.tasks.method import (
-    Accumulator,
-    Array,
-    Blocks,
-    InPlace,
-    Job,
-    State,
-    StoredSweep,
-    Tile,
-    block_bounds,
-)
+from mergepipe.tasks.blocks import Blocks, block_bounds
+from mergepipe.tasks.method import Accumulator, Array, InPlace, Job, State, StoredSweep, Tile
 from mergepipe.tasks.philox import MOST, Draw
 
 

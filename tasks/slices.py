@@ -14,18 +14,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from mergepipe.tasks.method import (
-    BLOCK_ELEMENTS,
-    Accumulator,
-    Array,
-    Job,
-    Reduction,
-    State,
-    Tile,
-    block_bounds,
-    values_left,
-)
-from mergepipe.tasks.method import block_elements as longest_block
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS, block_bounds
+from mergepipe.tasks.blocks import block_elements as longest_block
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, values_left
 
 COUNT = "_slices"
 

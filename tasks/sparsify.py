@@ -16,18 +16,8 @@ from mergepipe.tasks import whole_trim
 from mergepipe.tasks.breadcrumbs import BREADCRUMBS
 from mergepipe.tasks.della import DELLA
 from mergepipe.tasks.guess import guesses
-from mergepipe.tasks.method import (
-    Array,
-    Bounds,
-    Job,
-    Paper,
-    Parameter,
-    Reduction,
-    Round,
-    Sparsifier,
-    State,
-    no_reductions,
-)
+from mergepipe.tasks.method import Array, Bounds, Job, Paper, Reduction, Round, Sparsifier, State, no_reductions
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.random_drop import RANDOM
 from mergepipe.tasks.select import Coarse
 from mergepipe.tasks.tadrop import TADROP

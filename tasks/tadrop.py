@@ -20,7 +20,8 @@ import numpy as np
 
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.tasks import calibration, slices
-from mergepipe.tasks.method import Array, Job, Paper, Parameter, Reduction, Round, Sparsifier, State
+from mergepipe.tasks.method import Array, Job, Paper, Reduction, Round, Sparsifier, State
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.select import Coarse, refinements, selected, start_selection
 from mergepipe.tasks.thinning import (
     KEEP_ALL,

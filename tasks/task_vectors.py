@@ -13,7 +13,8 @@ import numpy as np
 
 from mergepipe.tasks import fused, kernels, weighting
 from mergepipe.tasks.majority import Majority, majority_rounds
-from mergepipe.tasks.method import Array, Bounds, Job, Parameter, Reduction, Round, State, StoredKernel, Tile
+from mergepipe.tasks.method import Array, Bounds, Job, Reduction, Round, State, StoredKernel, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.sparsify import SPARSIFIERS
 from mergepipe.tasks.thinning import apply_cut, cut
 

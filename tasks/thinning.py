@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergepipe.tasks import kernels, philox, slices
-from mergepipe.tasks.method import Accumulator, Array, Bounds, Job, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Bounds, Job, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.select import refinements, selected, start_selection
 from mergepipe.tasks.shrinkage import kept_norms
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from mergepipe.tasks import kernels
-from mergepipe.tasks.method import Accumulator, Array, Job, Parameter, Reduction, Round, Shared, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, Round, Shared, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 WEIGHTING = "weighting"
 

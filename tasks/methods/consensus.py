@@ -11,7 +11,8 @@ from __future__ import annotations
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.gram import thin
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.sparsify import SPARSIFIERS
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mergepipe.tasks.method import MergeMethod, Paper, Parameter, WholeMatrix
+from mergepipe.tasks.method import MergeMethod, Paper, WholeMatrix
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.subspace import consistent, directional
 from mergepipe.tasks.subspace.declare import LAMBDA, RANK, RTOL, SELECTION, SVC, SVD, add_mean, is_matrix, reductions
 

@@ -20,19 +20,8 @@ import numpy as np
 from mergepipe.tasks import kernels
 from mergepipe.tasks.gram import thin
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import (
-    Accumulator,
-    Array,
-    Job,
-    MergeMethod,
-    Paper,
-    Parameter,
-    Reduction,
-    Round,
-    Shared,
-    State,
-    Tile,
-)
+from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Reduction, Round, Shared, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.sparsify import SPARSIFIERS
 
 

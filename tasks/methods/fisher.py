@@ -17,7 +17,8 @@ from mergepipe.errors import Fault, RecipeError
 from mergepipe.tasks import kernels
 from mergepipe.tasks.gram import thin
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.sparsify import SPARSIFIERS
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mergepipe.tasks.method import MergeMethod, Paper, Parameter, WholeMatrix
+from mergepipe.tasks.method import MergeMethod, Paper, WholeMatrix
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.subspace import isotropic
 from mergepipe.tasks.subspace.declare import EXACT_SVD, LAMBDA, RTOL, SELECTION, add_mean, is_matrix, reductions
 

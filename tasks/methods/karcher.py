@@ -13,7 +13,8 @@ import math
 import numpy as np
 
 from mergepipe.tasks.gram import Gram, add_up
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 OPPOSITE = 1e-7
 """Sine of an angle near pi below which two directions count as opposite."""

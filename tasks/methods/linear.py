@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.tasks import fused, kernels, weighting
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, Reduction, State, StoredKernel, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Reduction, State, StoredKernel, Tile
+from mergepipe.tasks.parameter import Parameter
 
 
 def _divisor(job: Job) -> float:

@@ -11,7 +11,8 @@ import numpy as np
 
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.gram import Gram, add_up, add_up_rows, row_grams, thin
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 SMALLEST_PRODUCT = 1e-6
 SINGULAR = 1e-6

@@ -20,7 +20,8 @@ from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks import weighting
 from mergepipe.tasks.gram import Gram, add_up, thin
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 CANCELLING = 1e-3
 """Length of the mean direction, relative to the weights, below which it is measured in a sweep of its own."""

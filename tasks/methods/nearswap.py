@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 SMALLEST_DISTANCE = 1e-6
 

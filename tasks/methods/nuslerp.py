@@ -14,7 +14,8 @@ from mergepipe.tasks import kernels, weighting
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.columns import ColumnDots, Peaks, blend_columns, column_count
 from mergepipe.tasks.gram import Gram, add_up, add_up_rows, row_grams, thin
-from mergepipe.tasks.method import Array, Job, MergeMethod, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 SMALLEST_LENGTH = 1e-7
 SMALLEST_TOTAL = 1e-6

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mergepipe.tasks.method import Array, Job, MergeMethod, Parameter, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 
 def _apply(job: Job, state: State, tile: Tile, out: Array) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.gram import thin
 from mergepipe.tasks.jit import inlined, kernel
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, Reduction, Round, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Reduction, Round, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.sparsify import SPARSIFIERS
 from mergepipe.tasks.whole_select import magnitude_scores, selection
 

@@ -11,7 +11,8 @@ from mergepipe.tasks import kernels
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.gram import thin
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Parameter, State, Tile
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 EPSILON = Parameter("epsilon", "number", "magnitude above which an element counts as changed", default=1e-5, minimum=0)
 PAPER = Paper("Reinforced Agent Merging", "https://arxiv.org/abs/2601.13572")

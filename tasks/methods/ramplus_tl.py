@@ -13,8 +13,9 @@ import numpy as np
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.gram import thin
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Reduction, State, Tile
 from mergepipe.tasks.methods.ram import EPSILON, PAPER, merge_changes
+from mergepipe.tasks.parameter import Parameter
 
 
 @kernel

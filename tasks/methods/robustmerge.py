@@ -21,24 +21,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mergepipe.tasks import kernels
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS, block_bounds
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.kept_norms import KeptNorms
 from mergepipe.tasks.method import (
-    BLOCK_ELEMENTS,
     Accumulator,
     Array,
     Job,
     MergeMethod,
     Paper,
-    Parameter,
     Reduction,
     Round,
     Shared,
     State,
     Tile,
-    block_bounds,
     values_left,
 )
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.sparsify import SPARSIFIERS
 
 _SIDE = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")

@@ -20,7 +20,8 @@ from mergepipe.tasks import kernels
 from mergepipe.tasks import task_vectors as family
 from mergepipe.tasks.gram import thin
 from mergepipe.tasks.jit import kernel
-from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.select import Coarse, refinements, selected, start_selection
 
 STAGE = "variance"

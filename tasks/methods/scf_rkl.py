@@ -18,18 +18,8 @@ import numpy as np
 
 from mergepipe.tasks import fusion, fusion_rounds, fusion_sweeps, kernels
 from mergepipe.tasks.fusion import Settings
-from mergepipe.tasks.method import (
-    Array,
-    Job,
-    MergeMethod,
-    Paper,
-    Parameter,
-    Reduction,
-    Round,
-    State,
-    StoredKernel,
-    Tile,
-)
+from mergepipe.tasks.method import Array, Job, MergeMethod, Paper, Reduction, Round, State, StoredKernel, Tile
+from mergepipe.tasks.parameter import Parameter
 
 READ = ("direction", "importance", "threshold", "quantile", "multi", "tie_rule", "zero_kl")
 """Parameters that thresholds depend on. (So they do on `scale` where donors are folded in.)"""

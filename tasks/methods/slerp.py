@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 
 from mergepipe.tasks import kernels
-from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 
 PARALLEL = 0.9995
 """Cosine, in magnitude, above which the interpolation is linear."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mergepipe.tasks import task_vectors as family
-from mergepipe.tasks.method import MergeMethod, Paper, Parameter
+from mergepipe.tasks.method import MergeMethod, Paper
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.subspace import post
 
 METHOD = MergeMethod(

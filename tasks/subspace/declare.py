@@ -7,7 +7,8 @@ import re
 import numpy as np
 
 from mergepipe.tasks import kernels
-from mergepipe.tasks.method import Array, Job, Parameter, Reduction, State, Tile
+from mergepipe.tasks.method import Array, Job, Reduction, State, Tile
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.sparsify import SPARSIFIERS
 
 LAMBDA = Parameter("lambda", "number", "factor on the merged task vector", default=1.0)

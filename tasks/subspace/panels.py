@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mergepipe.tasks.method import BLOCK_ELEMENTS
+from mergepipe.tasks.blocks import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     import torch

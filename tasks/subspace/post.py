@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from mergepipe.tasks.method import Job, Parameter, WholeMatrix
+from mergepipe.tasks.method import Job, WholeMatrix
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.subspace.calibrate import calibrated
 from mergepipe.tasks.subspace.declare import SVC, matrix_shape
 from mergepipe.tasks.subspace.factor import Factors

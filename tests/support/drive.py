@@ -9,18 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.method import (
-    REQUIRED,
-    Accumulator,
-    Array,
-    Job,
-    MergeMethod,
-    Parameter,
-    Reduction,
-    State,
-    Tile,
-    block_bounds,
-)
+from mergepipe.tasks.blocks import block_bounds
+from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Reduction, State, Tile
+from mergepipe.tasks.parameter import REQUIRED, Parameter
 from mergepipe.tasks.registry import method, sparsifier, trim_parameters
 
 

@@ -22,7 +22,7 @@ from mergepipe.pipeline.recipe import parse_recipe, settings
 from mergepipe.pipeline.schedule import schedule
 from mergepipe.pipeline.shared_settings import SharedSettings
 from mergepipe.storage.collector import paused_collector
-from mergepipe.tasks.method import REQUIRED, Parameter
+from mergepipe.tasks.parameter import REQUIRED, Parameter
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 
 SHAPES = {

@@ -16,7 +16,7 @@ from mergepipe.errors import RecipeError, UsageError
 from mergepipe.pipeline.document import MAX_BYTES, apply_overrides, read_document
 from mergepipe.pipeline.recipe import Recipe, load_recipe, parse_recipe, settings
 from mergepipe.pipeline.values import Filtered, FilterEntry, Gradient
-from mergepipe.tasks.method import Parameter
+from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.registry import SPARSIFIERS
 
 TIES: dict[str, Any] = {

@@ -31,7 +31,7 @@ from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.verify import verify
 from mergepipe.storage.journal import read_journal
 from mergepipe.storage.writer import SealedShard
-from mergepipe.tasks.method import block_bounds, block_count
+from mergepipe.tasks.blocks import block_bounds, block_count
 from support.jobs import LARGER, build_job, hashes, write_job
 
 from .test_status import StopAfter, interrupt

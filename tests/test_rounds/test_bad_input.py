@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import mergepipe
 from mergepipe.errors import NonFiniteError, RecipeError
 from mergepipe.pipeline.status import status
-from mergepipe.tasks.method import REQUIRED
+from mergepipe.tasks.parameter import REQUIRED
 from mergepipe.tasks.registry import METHODS
 from support import whole
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mergepipe.errors import RecipeError
-from mergepipe.tasks.method import REQUIRED
+from mergepipe.tasks.parameter import REQUIRED
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 from support import whole
 

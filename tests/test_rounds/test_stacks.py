@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergepipe.errors import RecipeError
-from mergepipe.tasks.method import block_bounds, block_count
+from mergepipe.tasks.blocks import block_bounds, block_count
 from mergepipe.tasks.slices import most_slices, pieces, slice_job
 from support import whole
 from support.drive import make_job, merge

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergepipe.tasks import convert, fused, kernels, philox
-from mergepipe.tasks.method import Accumulator, Blocks, Job, MergeMethod, block_bounds, stored_sweep
+from mergepipe.tasks.blocks import Blocks, block_bounds
+from mergepipe.tasks.method import Accumulator, Job, MergeMethod, stored_sweep
 from support.bits import U16, as_bits, deltas, drawn, settings_for
 from support.drive import load_tile, make_job, merge
 

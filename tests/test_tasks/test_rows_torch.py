@@ -17,7 +17,8 @@ import mergepipe
 from mergepipe.errors import Interrupted, MemoryBudgetError, NonFiniteError, WorkspaceError
 from mergepipe.pipeline import devices, scoring
 from mergepipe.tasks import rows, rows_torch, scores, select
-from mergepipe.tasks.method import Accumulator, Array, block_elements, can_offload
+from mergepipe.tasks.blocks import block_elements
+from mergepipe.tasks.method import Accumulator, Array, can_offload
 from support.drive import load_tile, make_job
 from support.gpu import on_every_device
 from support.jobs import hashes

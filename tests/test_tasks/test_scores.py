@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from mergepipe.tasks import convert, scores
-from mergepipe.tasks.method import Accumulator, Job, MergeMethod, State, block_bounds, stored_sweep
+from mergepipe.tasks.blocks import block_bounds
+from mergepipe.tasks.method import Accumulator, Job, MergeMethod, State, stored_sweep
 from support.bits import as_bits
 from support.drive import load_tile, make_job
 
