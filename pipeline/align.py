@@ -1,11 +1,10 @@
 """Which tensor of which model goes into which tensor of the output: decided from headers alone.
 
 The output has the tensors of the base (of the first model where there is no base), in the order of its files; with
-`differing` those of any model, or of all. Every
-model has to have each of them, in the same shape and of the same kind, and no other; what does not fit is an error that
-names the tensor, the models and the remedy, all of them at once. There are four exceptions, each noted: a tensor that a
-rule passes through, heads where the recipe says `heads`, the stored twin of a tied embedding, and buffers that models
-compute for themselves. Nothing else is left out.
+`differing` those of any model, or of all. Every model has to have each of them, in the same shape and of the same kind,
+and no other; what does not fit is an error that names the tensor, the models and the remedy, all of them at once.
+There are four exceptions, each noted: a tensor that a rule passes through, heads where the recipe says `heads`, the
+stored twin of a tied embedding, and buffers that models compute for themselves. Nothing else is left out.
 
 A recipe of slices or modules is lined up part by part, each from views of its models that fit each other like whole
 models (:mod:`mergepipe.pipeline.stacking`); then it is made sure that the slices fit each other, too.
@@ -13,7 +12,6 @@ models (:mod:`mergepipe.pipeline.stacking`); then it is made sure that the slice
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +20,7 @@ from mergepipe.errors import CheckpointError, TensorMismatchError
 from mergepipe.pipeline.adapters import check_adapters
 from mergepipe.pipeline.faults import FIRST, Faults
 from mergepipe.pipeline.heads import head_of, is_lm_head, ties
+from mergepipe.pipeline.names import is_buffer, is_made_anew, is_position, refuse_quantised
 from mergepipe.pipeline.recipe import ModelSpec, Recipe
 from mergepipe.pipeline.stacked import Stack
 from mergepipe.pipeline.stacking import View, views_of
@@ -32,14 +31,6 @@ if TYPE_CHECKING:
     from mergepipe.storage.checkpoint import Checkpoint, TensorEntry
 
 MAX_PROBLEMS = 20
-
-_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias)$")
-_CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
-_POSITIONS = re.compile(r"(^|\.)(position_ids|relative_position_index)$")
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|g_idx|weight_scale_inv|weight_scale|input_scale|SCB|absmax|quant_map|nested_absmax"
-    r"|quant_state\.\w+)$"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +149,7 @@ def align(
     """
     if len(checkpoints) != len(recipe.inputs):
         raise ValueError(f"expected {len(recipe.inputs)} checkpoints, one per input, found {len(checkpoints)}")
-    _refuse_quantised(recipe, checkpoints)
+    refuse_quantised(recipe, checkpoints)
     check_adapters(recipe, checkpoints)
     return _Whole(recipe, checkpoints, differing).align(faults)
 
@@ -217,7 +208,7 @@ class _Whole:
             made = {tensor.name: tensor.shape for number in mine for tensor in self.aligners[number].tensors}
             mine_first = {name: t for name, t in first.tensors.items() if self.found.towers[name] == module}
             expected = {name: entry.shape for name, entry in mine_first.items()}
-            spared = {name for name, entry in mine_first.items() if _is_made_anew(name, entry, first)}
+            spared = {name for name, entry in mine_first.items() if is_made_anew(name, entry, first)}
             if not any(self.aligners[number].problems for number in mine) and not self.found.problems:
                 by_token = vocabulary_tensors(self.checkpoints) if self.recipe.tokenizer is None else {}
                 found = stack.problems(made, expected, left_out | spared, by_token)
@@ -299,7 +290,7 @@ class _Aligner:
             self._pass_through(name, owners)
         elif is_buffer(name, next(iter(owners.values()))):
             self._leave_out(name, "left out, models compute these buffers themselves")
-        elif _POSITIONS.search(name):
+        elif is_position(name):
             self._positions(name, owners)
         elif len(owners) < len(self.everyone) and self._is_tied_twin(name, owners):
             self._leave_out(name, "left out, the configuration ties it to the embedding")
@@ -545,47 +536,6 @@ class _Aligner:
 
     def _paths(self, indices: Sequence[int]) -> str:
         return _some([self._path(index) for index in indices], 4)
-
-
-def _refuse_quantised(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> None:
-    found = []
-    for path, checkpoint in zip(recipe.inputs, checkpoints, strict=False):
-        config = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")
-        name = next((name for name in checkpoint.tensors if _is_code(name, checkpoint)), None)
-        if config:
-            how = config.get("quant_method") if isinstance(config, Mapping) else None
-            found.append(f"  '{path}': its config.json has a quantization_config{f' ({how})' if how else ''}")
-        elif name is not None:
-            dtype = checkpoint.tensors[name].dtype
-            found.append(f"  '{path}': '{name}', of type {dtype}, belongs to quantised weights")
-    if found:
-        remedy = "Remedy: dequantise to bfloat16 first; codes can't be averaged without their scales."
-        raise CheckpointError("\n".join(["quantised checkpoints can't be merged:", *found, remedy]))
-
-
-def _is_code(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor is part of a quantised weight: by its name, as a matrix of bytes, or as the scales of codes."""
-    if _QUANTISED.search(name):
-        return True
-    entry = checkpoint.tensors[name]
-    if entry.dtype in ("I8", "U8") and name.endswith(".weight") and len(entry.shape) > 1:
-        return True
-    if not name.endswith(".scales"):
-        return False
-    weight = checkpoint.tensors.get(name.removesuffix("scales") + "weight")
-    return weight is not None and DTYPES[weight.dtype].role == "copied"
-
-
-def is_buffer(name: str, entry: TensorEntry) -> bool:
-    """Whether a model fills this tensor itself when it is made: never stored by newer ones, ignored when loaded."""
-    if _BUFFER.search(name):
-        return True
-    return _CAUSAL_MASK.search(name) is not None and len(entry.shape) == 4 and entry.shape[:2] == (1, 1)
-
-
-def _is_made_anew(name: str, entry: TensorEntry, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor need not be in the output: a buffer, or the twin of a tied embedding."""
-    return bool(is_buffer(name, entry) or _POSITIONS.search(name) or (is_lm_head(name) and ties(checkpoint.config)))
 
 
 def _join(target: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -24,7 +24,6 @@ import numpy as np
 from mergepipe.errors import CheckpointError, MemoryBudgetError, TensorMismatchError, UsageError
 from mergepipe.pipeline import devices, outputs
 from mergepipe.pipeline.admission import Admission
-from mergepipe.pipeline.align import is_buffer
 from mergepipe.pipeline.deltas import WINDOW_BYTES, Deltas
 from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.events import Announcer, Listener, Note, RunStarted, TensorFinished, UnitFinished
@@ -33,6 +32,7 @@ from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import DEFAULT_ALLOWED, MIB, RESERVED_BYTES, TORCH_BYTES, parse_bytes
 from mergepipe.pipeline.models import InputModel, open_models
 from mergepipe.pipeline.module_names import module_names
+from mergepipe.pipeline.names import is_buffer
 from mergepipe.pipeline.patterns import compile_pattern
 from mergepipe.pipeline.references import is_hub_id, parse_reference
 from mergepipe.pipeline.side_files import to_json
