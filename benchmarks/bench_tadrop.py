@@ -24,13 +24,14 @@ METRICS = ("quantile_ratio", "l1l2")
 class Thinned(Merge):
     """One bf16 tensor of a base and K models in memory, thinned by TADrop and merged by `host`."""
 
-    def __init__(self, host: str, streams: list[Array], metric: str) -> None:
+    def __init__(self, host: str, streams: list[Array], metric: str, *, guessed: bool) -> None:
         super().__init__(host, streams, 1.0)
         models = len(streams) - 1
         own = {p.name: p.default for p in SPARSIFIERS["tadrop"].parameters} | {"metric": metric}
         params, model_params = self.job.params, self.job.model_params
         shape, work = streams[0].shape, np.dtype(np.float32)
-        self.job = Job("w", shape, models, work, params, model_params, "tadrop", (own,) * models)
+        each = (own,) * models
+        self.job = Job("w", shape, models, work, params, model_params, "tadrop", each, halves=guessed)
 
     def sweep(self, reduction: Reduction) -> None:
         """One sweep, whatever the state says."""
@@ -65,7 +66,10 @@ def main(blocks: int, models: int, repeats: int, quick: bool, json_path: Path | 
     memcpy = report.memcpy(streams[0], repeats)
     for host in ("task_arithmetic", "ties"):
         for metric in METRICS:
-            report_merge(report, Thinned(host, streams, metric), f"{host}, {metric}", memcpy, repeats)
+            merge = Thinned(host, streams, metric, guessed=True)
+            report_merge(report, merge, f"{host}, {metric}", memcpy, repeats)
+    sure = Thinned("ties", streams, METRICS[0], guessed=False)
+    report_merge(report, sure, f"ties, {METRICS[0]}, without a guess", memcpy, repeats)
     report.save(json_path)
 
 

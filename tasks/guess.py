@@ -22,7 +22,7 @@ import numpy as np
 
 from mergepipe.tasks import fused
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredSweep, Tile
-from mergepipe.tasks.select import FINE_BINS, TOP_BINS, After, count_top, order_keys
+from mergepipe.tasks.select import FINE_BINS, TOP_BINS, After, count_top, magnitudes, order_keys
 
 SMALLEST = 1 << 20
 """Elements from which on a guess is made: smaller tensors have too small a sample, and cost little."""
@@ -36,6 +36,9 @@ DEVIATIONS = 6
 for rows and columns that are unlike each other:"""
 SPREAD = 1 / 512
 
+HIGHEST = 0x7F7FFFFF
+"""Bits of the largest float32."""
+
 _LOW, _SHIFT = "_near_low", "_near_shift"
 
 Ranks = Callable[[Job], Array]
@@ -43,7 +46,7 @@ Ranks = Callable[[Job], Array]
 ranks)."""
 
 
-def guesses(job: Job, stage: str, ranks: Ranks, after: After) -> tuple[Reduction, ...]:
+def guesses(job: Job, stage: str, ranks: Ranks, after: After, then: Then | None = None) -> tuple[Reduction, ...]:
     """The two sweeps of a guess; none where it is not worth while.
 
     Parameters
@@ -55,10 +58,35 @@ def guesses(job: Job, stage: str, ranks: Ranks, after: After) -> tuple[Reduction
         The ranks it follows.
     after : callable
         Called with the state once the selection is finished.
+    then : Then, optional
+        One more rank that follows from these.
     """
     if not job.halves or job.work != np.float32 or job.size < SMALLEST or (ranks(job) < 0).all():
         return ()
-    return Sample(ranks), Near(stage, ranks, after)
+    return Sample(ranks, then), Near(stage, ranks, after, then)
+
+
+@dataclass(frozen=True, slots=True)
+class Then:
+    """One more rank of each model, which follows from what stands at the others.
+
+    Attributes
+    ----------
+    stage : str
+        Name of the selection that it is the only rank of.
+    around : callable
+        Given the job and the smallest and the largest value that each of the others may have, float64, (models, ranks,
+        2): about where the rank will be, float64, (models, 2), smallest and largest; NaN where none will be wanted.
+    ranks : callable
+        Given the state once the others are known: the ranks as of :data:`Ranks`, (models,).
+    after : callable
+        Called with the state once this selection is finished, too.
+    """
+
+    stage: str
+    around: Callable[[Job, Array], Array]
+    ranks: Callable[[Job, State], Array]
+    after: After
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +97,7 @@ class Sample:
     """
 
     ranks: Ranks
+    then: Then | None = None
     name: str = "sample"
     reads: float = 1 / 16
     sampled: bool = True
@@ -94,28 +123,47 @@ class Sample:
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The windows, if all ranks that are wanted get one."""
         assert accumulator.counts is not None
-        wanted = self.ranks(job)
-        lows, shifts = np.full_like(wanted, -1), np.zeros_like(wanted)
-        for k, r in np.argwhere(wanted >= 0):
-            window = _window(accumulator.counts[k], int(wanted[k, r]), job.size)
-            if window is None:
-                return {}
-            lows[k, r], shifts[k, r] = window
-        return {_LOW: lows, _SHIFT: shifts}
+        wanted = self.ranks(job).astype(np.float64)
+        spans = np.repeat(np.where(wanted < 0, math.nan, wanted)[:, :, None], 2, axis=2)
+        found = _windows(accumulator.counts, spans, job.size)
+        if found is None or self.then is None:
+            return {} if found is None else {_LOW: found[0], _SHIFT: found[1]}
+        lows, shifts = found
+        ends = np.stack([lows, lows + (FINE_BINS << shifts) - 1], axis=2)
+        values = np.where(lows[:, :, None] < 0, math.nan, magnitudes(np.clip(ends, 0, HIGHEST), job.work))
+        more = _windows(accumulator.counts, self.then.around(job, values)[:, None], job.size)
+        if more is None:
+            return {}
+        return {_LOW: np.hstack([lows, more[0]]), _SHIFT: np.hstack([shifts, more[1]])}
 
 
-def _window(counts: Array, rank: int, size: int) -> tuple[int, int] | None:
-    """Smallest key and shift of a window that should hold a rank; None if the sample does not say."""
+def _windows(counts: Array, spans: Array, size: int) -> tuple[Array, Array] | None:
+    """Smallest keys and shifts of windows for spans of ranks, (models, ranks, 2); None if not all that are wanted."""
+    lows, shifts = np.full(spans.shape[:2], -1), np.zeros(spans.shape[:2], np.int64)
+    for k, r in np.argwhere(~np.isnan(spans[:, :, 0])):
+        window = _window(counts[k], float(spans[k, r, 0]), float(spans[k, r, 1]), size)
+        if window is None:
+            return None
+        lows[k, r], shifts[k, r] = window
+    return lows, shifts
+
+
+def _window(counts: Array, lowest: float, highest: float, size: int) -> tuple[int, int] | None:
+    """Smallest key and shift of a window that should hold ranks; None if the sample does not say."""
     taken = int(counts.sum())
     if taken == 0:
         return None
-    share = rank / size
-    half = DEVIATIONS * math.sqrt(max(1.0, share * (1 - share) * taken)) + SPREAD * taken
+    around = [_place(lowest / size, taken, -1), _place(highest / size, taken, 1)]
     ends = np.cumsum(counts)
-    around = np.clip([share * taken - half, share * taken + half], 0, taken - 1)
-    first, last = (int(place) for place in np.searchsorted(ends, around, side="right"))
+    first, last = (int(place) for place in np.searchsorted(ends, np.clip(around, 0, taken - 1), side="right"))
     shift = (last - first).bit_length()
     return (first << 16, shift) if shift <= WIDEST else None
+
+
+def _place(share: float, taken: int, side: int) -> float:
+    """Rank in the sample that a quantile surely does not lie beyond, on one side."""
+    half = DEVIATIONS * math.sqrt(max(1.0, share * (1 - share) * taken)) + SPREAD * taken
+    return share * taken + side * half
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +173,7 @@ class Near:
     stage: str
     ranks: Ranks
     after: After
+    then: Then | None = None
     name: str = "counts near thresholds"
 
     def needed(self, job: Job, state: State) -> bool:
@@ -133,7 +182,8 @@ class Near:
 
     def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """For each model and rank the counters of its window, and one for what lies below."""
-        return (*self.ranks(job).shape, FINE_BINS + 1), None
+        models, ranks = self.ranks(job).shape
+        return (models, ranks + (self.then is not None), FINE_BINS + 1), None
 
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Count one tile."""
@@ -151,15 +201,29 @@ class Near:
         """The finished selection and what `after` makes of it, or nothing if a rank was missed."""
         assert accumulator.counts is not None
         wanted = self.ranks(job)
+        new = self._selection(self.stage, wanted, state, accumulator.counts)
+        if new is None:
+            return {}
+        new |= self.after(job, state | new)
+        if self.then is None:
+            return new
+        last = slice(wanted.shape[1], None)
+        windows = {name: state[name][:, last] for name in (_LOW, _SHIFT)}
+        ranks = self.then.ranks(job, state | new)[:, None]
+        more = self._selection(self.then.stage, ranks, windows, accumulator.counts[:, last])
+        return {} if more is None else new | more | self.then.after(job, state | new | more)
+
+    def _selection(self, stage: str, wanted: Array, windows: State, counts: Array) -> State | None:
+        """A finished selection; None if a rank was missed."""
         found, ranks, equal = np.full_like(wanted, -1), np.zeros_like(wanted), np.zeros_like(wanted)
         for k, r in np.argwhere(wanted >= 0):
-            hit = _locate(accumulator.counts[k, r], int(wanted[k, r]))
+            low, shift = int(windows[_LOW][k, r]), int(windows[_SHIFT][k, r])
+            hit = None if low < 0 else _locate(counts[k, r], int(wanted[k, r]))
             if hit is None:
-                return {}
+                return None
             place, ranks[k, r], equal[k, r] = hit
-            found[k, r] = int(state[_LOW][k, r]) + (place << int(state[_SHIFT][k, r]))
-        new = {f"_{self.stage}_found": found, f"_{self.stage}_rank": ranks, f"_{self.stage}_equal": equal}
-        return new | self.after(job, state | new)
+            found[k, r] = low + (place << shift)
+        return {f"_{stage}_found": found, f"_{stage}_rank": ranks, f"_{stage}_equal": equal}
 
 
 def _count(values: Array, low: int, shift: int, counts: Array) -> None:

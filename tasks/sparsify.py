@@ -27,11 +27,12 @@ from mergepipe.tasks.thinning import (
     STAGE,
     TIE_RULE,
     apply_cut,
-    finish_thresholds,
     plain_cut,
     restored_norms,
+    settle,
     start_thresholds,
     threshold_reductions,
+    wish,
 )
 
 DENSITY = Parameter(
@@ -70,7 +71,8 @@ def _rank(job: Job) -> Array:
 
 
 def _guessed(job: Job, state: State) -> State:
-    return finish_thresholds(job, state, _wanted(job))
+    new = wish(job, _wanted(job))
+    return new | settle(job, state | new)
 
 
 def _reductions(job: Job) -> tuple[Reduction, ...]:

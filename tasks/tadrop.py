@@ -20,6 +20,7 @@ import numpy as np
 
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.tasks import calibration, slices
+from mergepipe.tasks.guess import Then, guesses
 from mergepipe.tasks.method import Array, Job, Paper, Reduction, Round, Sparsifier, State
 from mergepipe.tasks.parameter import Parameter
 from mergepipe.tasks.select import Coarse, refinements, selected, start_selection
@@ -29,9 +30,12 @@ from mergepipe.tasks.thinning import (
     apply_cut,
     plain_cut,
     restored_norms,
+    settle,
     start_thresholds,
     threshold_reductions,
+    wish,
 )
+from mergepipe.tasks.thinning import STAGE as THRESHOLD
 
 STAGE = "quantiles"
 
@@ -127,6 +131,13 @@ def _after_quantiles(job: Job, state: State) -> State:
 
 def _decide(job: Job, state: State) -> State:
     """``drop_rates``, and the thresholds that follow from them."""
+    rates, *wished = _wished(job, state)
+    new: State = {"drop_rates": rates}
+    return new | start_thresholds(job, state | new, *wished)
+
+
+def _wished(job: Job, state: State) -> tuple[Array, Array, Array, Array]:
+    """Drop rates, and what they make of each model: what is wanted, the limit of a random drop, and a factor."""
     metric, keep = state["metric"], np.full(job.models, math.nan)
     if "_by_slice__keep_rates" in state:
         keep = state["_by_slice__keep_rates"][0]  # a tensor is of one slice
@@ -137,7 +148,7 @@ def _decide(job: Job, state: State) -> State:
         if _excluded(job, params):
             continue
         rate = rates[k] = drop_rate(params, metric[k]) if np.isnan(keep[k]) else 1 - keep[k]
-        dropped = min(job.size - 1, math.floor(rate * job.size + 1e-6))
+        dropped = _dropped(job, rate)
         if dropped <= 0:
             continue  # less than one element: nothing is dropped, at random neither, and nothing is to be made up for
         if params["drop"] == "random":
@@ -146,8 +157,41 @@ def _decide(job: Job, state: State) -> State:
             wanted[k] = dropped
         if _rescale(params) == "inverse_keep" and rate < 1:
             factors[k] = 1 / (1 - rate)
-    new: State = {"drop_rates": rates}
-    return new | start_thresholds(job, state | new, wanted, limits, factors)
+    return rates, wanted, limits, factors
+
+
+def _dropped(job: Job, rate: float) -> int:
+    """How many elements a drop rate drops."""
+    return min(job.size - 1, math.floor(rate * job.size + 1e-6))
+
+
+def _foreseen(job: Job, quantiles: Array) -> Array:
+    """About which ranks the thresholds will have, from bounds of the quantiles."""
+    found = np.full((job.models, 2), math.nan)
+    for k, params in enumerate(job.sparsify_params):
+        if _excluded(job, params) or params["drop"] == "random":
+            continue
+        (least, most), (under, over) = quantiles[k]
+        densities = (least / over if over > 0 else 0.0, most / under if under > 0 else 1.0)
+        ranks = sorted(_dropped(job, drop_rate(params, density)) for density in densities)
+        if ranks[1] > 0:
+            found[k] = max(ranks[0], 0), ranks[1]
+    return found
+
+
+def _after_guess(job: Job, state: State) -> State:
+    new: State = {"metric": _densities(job, state)}
+    rates, *wished = _wished(job, state | new)
+    return new | {"drop_rates": rates} | wish(job, *wished)
+
+
+def _guess(job: Job) -> tuple[Reduction, ...]:
+    """The sweeps of a guess of the quantiles, and of the threshold that follows; none where more has to be known."""
+    own = [params for params in job.sparsify_params if not _excluded(job, params)]
+    if any(params["metric"] != "quantile_ratio" for params in own) or any(restored_norms(job)):
+        return ()
+    then = Then(THRESHOLD, _foreseen, lambda job, state: state["_wanted"], settle)
+    return guesses(job, STAGE, _quantile_ranks, _after_guess, then)
 
 
 def _measured(job: Job, state: State) -> State:
@@ -200,8 +244,11 @@ def _of_one(job: Job) -> tuple[Reduction, ...]:
         # The round has measured it; what is left is the threshold that drops the share it settled.
         return (Coarse(any(restored_norms(job)), _decide), *threshold_reductions(job))
     moments = any(params["metric"] != "quantile_ratio" for params in job.sparsify_params) or any(restored_norms(job))
-    quantiles = refinements(job, STAGE, 2, _after_quantiles)
-    return (Coarse(moments, _after_coarse), *quantiles, *threshold_reductions(job))
+    guess = _guess(job)
+    # The sure way is there, but hardly ever taken, where a guess comes first.
+    reads = 0.0 if guess else 1.0
+    quantiles = refinements(job, STAGE, 2, _after_quantiles, reads)
+    return (*guess, Coarse(moments, _after_coarse, reads), *quantiles, *threshold_reductions(job, reads))
 
 
 def _share(name: str, doc: str, default: float, **bounds: Any) -> Parameter:

@@ -60,17 +60,17 @@ def start_thresholds(
     dict
         Entries of the state; the thresholds themselves where no rank is wanted.
     """
-    new: State = {"_wanted": wanted, "_factors": np.ones(job.models) if factors is None else factors}
-    if limits is not None and (limits >= 0).any():
-        new["_limits"] = limits
+    new = wish(job, wanted, limits, factors)
     new |= start_selection(STAGE, np.where(wanted < 0, -1, wanted)[:, None], state["histogram"])
     return new | settle(job, state | new) if (wanted < 0).all() else new
 
 
-def finish_thresholds(job: Job, state: State, wanted: Array) -> State:
-    """The thresholds, where the selection is finished without a start."""
-    new: State = {"_wanted": wanted, "_factors": np.ones(job.models)}
-    return new | settle(job, state | new)
+def wish(job: Job, wanted: Array, limits: Array | None = None, factors: Array | None = None) -> State:
+    """What is to be dropped, as :func:`settle` wants to know it; parameters as of :func:`start_thresholds`."""
+    new: State = {"_wanted": wanted, "_factors": np.ones(job.models) if factors is None else factors}
+    if limits is not None and (limits >= 0).any():
+        new["_limits"] = limits
+    return new
 
 
 def settle(job: Job, state: State) -> State:

@@ -221,3 +221,76 @@ def test_no_guess_where_no_rank_is_wanted() -> None:
     assert next(sweep.name for sweep in SPARSIFIERS["breadcrumbs"].reductions(job)) == "coarse histogram"
     state, _ = run(job, fine_tunes(), [])
     np.testing.assert_array_equal(state["thresholds"], [np.inf, 0])
+
+
+def tadrop_of(size: int, each: list[dict[str, object]]) -> Job:
+    models = [{"weight": 1.0}] * len(each)
+    sparsify = [{"method": "tadrop", **params} for params in each]
+    return replace(make_job("ties", (size,), np.float32, models, sparsify=sparsify)[1], halves=True)
+
+
+FOUND = ("metric", "drop_rates", "thresholds", "densities", "_stay", "_factors")
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    ("each", "rest"),
+    [
+        ([{}, {}], []),
+        ([{"q_lo": 0.3, "s_slope": 2.0}, {"s_offset": 0.5, "tie_rule": "index"}], ["ties"]),
+        ([{"drop": "random"}, {"s_slope": -1.0, "s_offset": 0.9}], []),
+        ([{"exclude": ("layer",)}, {"q_hi": 0.99}], []),
+        ([{"s_cap": 0.0}, {"q_lo": 0.95}], []),
+    ],
+)
+def test_a_rank_that_follows_from_two_others(each: list[dict[str, object]], rest: list[str], stored: bool) -> None:
+    """TADrop's quantiles say how many elements go: all in one sweep."""
+    streams, job = fine_tunes(), tadrop_of(SIZE, each)
+    state, made = run(job, streams, [65536, 4 * 65536], stored)
+    assert made == ["sample", "counts near thresholds", *rest], "the sure way was not needed"
+    sure, ways = run(replace(job, halves=False), streams, [])
+    assert ways[:2] == ["coarse histogram", "fine histogram 1 (quantiles)"]
+    for name in FOUND:
+        np.testing.assert_array_equal(state[name], sure[name])
+
+
+@settings(max_examples=25)
+@given(st.floats(0, 0.95), st.floats(0.95, 1), st.floats(-0.5, 1), st.floats(-2, 2), st.sampled_from(["keep", "index"]))
+def test_tadrop_finds_what_the_sure_way_finds(low: float, high: float, offset: float, slope: float, rule: str) -> None:
+    """Whether a guess is made, is right, or is not."""
+    params = {"q_lo": low, "q_hi": high, "s_offset": offset, "s_slope": slope, "tie_rule": rule}
+    streams, job = fine_tunes(SIZE + 1, 3)[:3], tadrop_of(SIZE + 1, [params, {}])
+    state, _ = run(job, streams, [SIZE // 2])
+    sure, _ = run(replace(job, halves=False), streams, [])
+    for name in FOUND:
+        np.testing.assert_array_equal(state[name], sure[name])
+
+
+def test_a_following_rank_that_is_missed_spoils_the_guess() -> None:
+    """A sample that sees the quantiles, and of what lies between them too little."""
+    streams, job = fine_tunes(), tadrop_of(SIZE, [{}, {}])
+    sweeps = SPARSIFIERS["tadrop"].reductions(job)
+    sample, near = sweeps[:2]
+    assert isinstance(near, guess.Near)
+    totals = {}
+    state: State = {}
+    for sweep in (sample, near):
+        counts, _ = sweep.shapes(job)
+        assert counts is not None
+        totals[sweep.name] = Accumulator(np.zeros(counts, np.int64))
+        one(sweep, job, state, streams, 0, totals[sweep.name], stored=True)
+        if sweep is sample:
+            state |= sweep.combine(job, state, totals[sweep.name])
+    assert "thresholds" in near.combine(job, state, totals[near.name])
+    for gone in ("_near_low", "_near_shift"):
+        assert state[gone].shape == (2, 3)
+    away = {**state, "_near_low": state["_near_low"] + np.array([0, 0, 1 << 28])}
+    moved = Accumulator(np.zeros_like(totals[near.name].counted))
+    one(near, job, away, streams, 0, moved, stored=True)
+    assert near.combine(job, away, moved) == {}
+
+
+@pytest.mark.parametrize("params", [{"metric": "l1l2"}, {"rescale": "l2"}, {"target_density": 0.3}])
+def test_no_guess_where_tadrop_has_to_know_more(params: dict[str, object]) -> None:
+    sweeps = SPARSIFIERS["tadrop"].reductions(tadrop_of(SIZE, [params, {}]))
+    assert sweeps[0].name == "coarse histogram"
