@@ -45,8 +45,8 @@ Ahead = Mapping[str, tuple[Reduction, ...]]
 RESIDENT_SHARE = 2
 """How many tensor sets of its size a pool has to hold for one to be kept: one is computed while the next is read."""
 
-BUNDLES_KEPT = 3
-"""Bundles of small tensors that a pool has room for: two are at work, and the next is read."""
+SETS_KEPT = 3
+"""How many such sets a pool has use for: two are at work, and the next is read. With fewer, some are read twice."""
 
 COPIED_ELEMENTS = 4096
 """Units of copied tensors are multiples of this."""
@@ -294,15 +294,15 @@ def pool_bytes(scheduled: Sequence[ScheduledTensor]) -> int:
     room = min((item.pool for item in scheduled), default=0)
     inputs = sum(_resident_bytes(item) for item in scheduled)
     use = max((_useful_bytes(item, room) for item in scheduled), default=0)
-    return max(0, min(room, inputs, max(use, BUNDLES_KEPT * MAX_BUNDLE_BYTES)))
+    return max(0, min(room, inputs, max(use, SETS_KEPT * MAX_BUNDLE_BYTES)))
 
 
 def _useful_bytes(item: ScheduledTensor, room: int) -> int:
     """What a pool of at most `room` bytes has use for; a solver's panels are read again and again."""
     if item.held:
         return room
-    kept = RESIDENT_SHARE * _resident_bytes(item)
-    return kept if kept <= room else item.streamed
+    one = _resident_bytes(item)
+    return SETS_KEPT * one if RESIDENT_SHARE * one <= room else item.streamed
 
 
 def is_resident(item: ScheduledTensor, pool: int) -> bool:
