@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
+
 Blocks = tuple[int, int]
 """First block and one past the last of a unit."""
 
@@ -64,3 +67,15 @@ def block_bounds(shape: tuple[int, ...], index: int) -> tuple[int, int]:
         return start, min(start + BLOCK_ELEMENTS, (row + 1) * width)
     step = block_elements(shape)
     return index * step, min((index + 1) * step, size)
+
+
+def block_edges(shape: tuple[int, ...], blocks: Blocks) -> npt.NDArray[np.int64]:
+    """Where each of a run of blocks begins, and the end of the last one: int64, shape (blocks + 1,).
+
+    Examples
+    --------
+    >>> block_edges((3, 100_000), (1, 3)).tolist()
+    [65536, 100000, 165536]
+    """
+    starts = [block_bounds(shape, index)[0] for index in range(*blocks)]
+    return np.array([*starts, block_bounds(shape, blocks[1] - 1)[1]])

@@ -665,3 +665,45 @@ def _norms(base: Array, row: Array, marks: Array, bit: int, sums: Array) -> None
     for power in range(2):
         sums[0, power] = lanes[power].sum()
         sums[1, power] = lanes[2 + power].sum()
+
+
+@kernel
+def dots(base: Array, row: Array, edges: Array, sums: Array) -> bool:
+    """Dot products block by block, as :func:`mergepipe.tasks.kernels.dots` adds them.
+
+    Parameters
+    ----------
+    base, row : uint16 ndarray, shape (n,)
+    edges : int64 ndarray, shape (blocks + 1,)
+        Where each block begins, and the end of the last one.
+    sums : float64 ndarray, shape (blocks, 3)
+        Overwritten: ``base . base``, ``row . row`` and ``base . row``.
+
+    Returns
+    -------
+    bool
+        False if a stored value is not finite; `sums` are of no use then.
+    """
+    fine = True
+    for block in range(edges.size - 1):
+        part = slice(edges[block], edges[block + 1])
+        _dots(base[part], row[part], sums[block])
+        fine &= bool(np.isfinite(sums[block, 0])) & bool(np.isfinite(sums[block, 1]))
+    return fine
+
+
+@kernel
+def _dots(base: Array, row: Array, sums: Array) -> None:
+    """The same for one block."""
+    lanes = np.zeros((3, LANES))
+    first, second, both = lanes[0], lanes[1], lanes[2]
+    for start in range(0, base.size, LANES):
+        left, right = base[start : start + LANES], row[start : start + LANES]
+        for i in range(left.size):
+            x = np.float64(np.int32(np.int32(left[i]) << 16).view(np.float32))
+            y = np.float64(np.int32(np.int32(right[i]) << 16).view(np.float32))
+            first[i] += x * x
+            second[i] += y * y
+            both[i] += x * y
+    for which in range(3):
+        sums[which] = lanes[which].sum()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mergepipe.tasks import fused, kernels
-from mergepipe.tasks.blocks import Blocks, block_bounds
+from mergepipe.tasks.blocks import Blocks, block_edges
 from mergepipe.tasks.method import Accumulator, Array, InPlace, Job, State, StoredSweep, Tile
 from mergepipe.tasks.philox import MOST, Draw
 
@@ -87,10 +87,11 @@ class Shrinkage:
         def run(rows: Sequence[Array], accumulator: Accumulator, blocks: Blocks) -> bool:
             assert accumulator.blocks is not None
             for (first, after), part, marks in draw.marked(job.shape, blocks):
-                starts = [block_bounds(job.shape, index)[0] for index in range(first, after)]
-                edges = np.array([*starts, starts[0] + marks.size]) - starts[0]
+                edges = block_edges(job.shape, (first, after))
                 base, *models = [row[part] for row in rows]
-                if not fused.norms_around(base, tuple(models), marks, edges, accumulator.blocks[first:after]):
+                if not fused.norms_around(
+                    base, tuple(models), marks, edges - edges[0], accumulator.blocks[first:after]
+                ):
                     return False
             return True
 

@@ -8,10 +8,23 @@ linearly: all of it as in mergekit. A vector whose norm does not exceed 1e-8 cou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergepipe.tasks import kernels
-from mergepipe.tasks.method import Accumulator, Array, Job, MergeMethod, Paper, Reduction, State, Tile
+from mergepipe.tasks import fused, kernels
+from mergepipe.tasks.blocks import Blocks, block_edges
+from mergepipe.tasks.method import (
+    Accumulator,
+    Array,
+    Job,
+    MergeMethod,
+    Paper,
+    Reduction,
+    State,
+    StoredKernel,
+    StoredSweep,
+    Tile,
+)
 from mergepipe.tasks.parameter import Parameter
 
 PARALLEL = 0.9995
@@ -39,6 +52,16 @@ class Dots:
         assert accumulator.blocks is not None
         assert tile.base is not None
         kernels.dots(tile.base, tile.values[0], accumulator.blocks[tile.index])
+
+    def stored(self, job: Job, state: State) -> StoredSweep:
+        """Add up stored bits."""
+
+        def run(rows: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
+            assert mine.blocks is not None
+            edges = block_edges(job.shape, blocks)
+            return fused.dots(rows[0], rows[1], edges - edges[0], mine.blocks[blocks[0] : blocks[1]])
+
+        return run
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``dots``."""
@@ -76,6 +99,11 @@ def _apply(job: Job, state: State, tile: Tile, out: Array) -> None:
     kernels.blend(tile.base, tile.values[0], a, b, out)
 
 
+def _stored(job: Job, state: State) -> StoredKernel:
+    factors = coefficients(job.params["t"], state["dots"])
+    return lambda rows, out, _: fused.weigh(tuple(rows), factors, 1.0, out)
+
+
 METHOD = MergeMethod(
     name="slerp",
     title="SLERP",
@@ -84,6 +112,7 @@ METHOD = MergeMethod(
     space="weights",
     parameters=(Parameter("t", "number", "0 gives the base, 1 the other model"),),
     kernel=_apply,
+    stored=_stored,
     reductions=_reductions,
     min_models=1,
     max_models=1,

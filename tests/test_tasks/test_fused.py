@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergepipe.tasks import convert, fused, kernels, select
+from mergepipe.tasks.blocks import block_bounds
 from mergepipe.tasks.method import Accumulator, stored_sweep
 from support.bits import as_bits, deltas, drawn, settings_for
 from support.drive import load_tile, make_job, merge
@@ -229,3 +230,51 @@ def test_deltas_that_overflow_are_for_the_general_way() -> None:
     low, shift = np.full((1, 1), 1000), np.zeros((1, 1), np.int64)
     assert fused.count_near(large, (large,), low, shift, counts)
     assert not fused.count_near(large, (large ^ 0x8000,), low, shift, counts)
+
+
+@given(SIZES, st.integers(0, 1000))
+def test_blending_and_dot_products(size: int, seed: int) -> None:
+    base, (row,) = drawn(size, 1, seed)
+    left, right = np.empty(size, np.float32), np.empty(size, np.float32)
+    for bits, out in ((base, left), (row, right)):
+        convert.decode(bits, "BF16", out)
+    edges = np.array([0, size // 3, size])
+    sums, found = np.empty((2, 3)), np.empty((2, 3))
+    for block in range(2):
+        part = slice(*edges[block : block + 2])
+        kernels.dots(left[part], right[part], sums[block])
+    assert fused.dots(base, row, edges, found)
+    np.testing.assert_array_equal(found, sums)
+    merged, expected, blended = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
+    for a, b in ((0.3, 0.7), (1.0, 0.0), (-0.2, 1.4)):
+        kernels.blend(left, right, a, b, merged)
+        convert.encode(merged, "BF16", expected)
+        assert fused.weigh((base, row), (a, b), 1.0, blended)
+        np.testing.assert_array_equal(blended, expected)
+    base[size // 2] = as_bits([np.inf])[0]
+    assert not fused.dots(base, row, edges, found)
+    assert not fused.weigh((base, row), (0.0, 1.0), 1.0, blended)
+
+
+@pytest.mark.parametrize("shape", [(5000,), (130, 1536), (2, 70_000)])
+def test_slerp_goes_from_bits_to_bits(shape: tuple[int, ...]) -> None:
+    size = int(np.prod(shape))
+    base, (row,) = drawn(size, 1, 7)
+    method, job = make_job("slerp", shape, "f4", [{}], {"t": 0.3})
+    values = [np.empty(size, np.float32) for _ in range(2)]
+    for bits, out in zip((base, row), values, strict=True):
+        convert.decode(bits, "BF16", out)
+    whole = merge("slerp", [values[1].reshape(shape)], values[0].reshape(shape), params={"t": 0.3})
+    dots = method.reductions(job)[0]
+    body, total = stored_sweep(dots, job, {}), Accumulator(None, np.zeros((job.blocks, 3)))
+    assert body is not None
+    for index in range(job.blocks):
+        part = slice(*block_bounds(shape, index))
+        assert body([base[part], row[part]], total, (index, index + 1))
+    state = dots.combine(job, {}, total)
+    np.testing.assert_array_equal(state["dots"], whole.state["dots"])
+    kernel, expected, found = method.stored(job, state), np.empty(size, np.uint16), np.empty(size, np.uint16)
+    assert kernel is not None
+    convert.encode(whole.out.reshape(-1), "BF16", expected)
+    assert kernel([base, row], found, (0, job.blocks))
+    np.testing.assert_array_equal(found, expected)
