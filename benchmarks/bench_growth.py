@@ -44,7 +44,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder, prefix="mergepipe-bench-") as name:
         here = Path(name)
         if not quick:
-            warm_up(here / "warm-up")
+            warm_up(here / "warm-up", experts=counts)
         for size in sizes:
             folders = write_checkpoints(here / "models", LAYOUTS[size], max(counts))
             for count in counts:

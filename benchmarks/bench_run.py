@@ -103,7 +103,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder, prefix="mergepipe-bench-") as name:
         here = Path(name)
         folders = write_checkpoints(here / "models", LAYOUTS[size], experts)
-        warm_up(here / "warm-up", chosen)
+        warm_up(here / "warm-up", chosen, [experts])
         for method in chosen:
             recipe = recipe_of(method, folders, density)
             output = sum(file.stat().st_size for file in weight_files(folders[:1]))
@@ -138,12 +138,13 @@ def inputs_of(recipe: dict[str, Any]) -> list[Path]:
     return weight_files([Path(name) for name in (*base, *(model["model"] for model in recipe["models"]))])
 
 
-def warm_up(folder: Path, methods: Sequence[str] = ("ties",)) -> None:
-    """Let the kernels be compiled into their cache, so that no measured run does it."""
-    folders = write_checkpoints(folder / "models", LAYOUTS["1M"], 3)
+def warm_up(folder: Path, methods: Sequence[str] = ("ties",), experts: Sequence[int] = (3,)) -> None:
+    """Let the kernels for so many experts be compiled into their cache, so that no measured run does it."""
+    folders = write_checkpoints(folder / "models", LAYOUTS["1M"], max(experts))
     for method in methods:
-        build(recipe_of(method, folders, 0.2), folder / method)
-        run(folder / method)
+        for count in experts:
+            build(recipe_of(method, folders[: count + 1], 0.2), folder / f"{method}-{count}")
+            run(folder / f"{method}-{count}")
     shutil.rmtree(folder)
 
 
