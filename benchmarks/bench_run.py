@@ -140,7 +140,8 @@ def inputs_of(recipe: dict[str, Any]) -> list[Path]:
 
 def warm_up(folder: Path, methods: Sequence[str] = ("ties",), experts: Sequence[int] = (3,)) -> None:
     """Let the kernels for so many experts be compiled into their cache, so that no measured run does it."""
-    folders = write_checkpoints(folder / "models", LAYOUTS["1M"], max(experts))
+    # Large enough for tensors of every kind: thresholds of more than a million elements are guessed first.
+    folders = write_checkpoints(folder / "models", LAYOUTS["10M"], max(experts))
     for method in methods:
         for count in experts:
             build(recipe_of(method, folders[: count + 1], 0.2), folder / f"{method}-{count}")
