@@ -273,10 +273,19 @@ def _kept(value: Any, least: Any, most: Any, k: int) -> Any:
     return (abs(value) >= np.float32(least[k])) & (abs(value) <= np.float32(most[k]))
 
 
+@inlined
+def _delta(own: Any, below: Any, marks: Any, stays: Any, k: int) -> Any:
+    """The delta of model `k`, or zero where it is dropped by chance."""
+    if marks is None:
+        return np.int32(own << 16).view(np.float32) - below
+    return np.int32(own << 16).view(np.float32) - below if stays & np.int32(1 << k) else np.float32(0)
+
+
 @kernel
 def agree(
     base: Array,
     rows: Rows,
+    marks: Array | None,
     weights: Scalars,
     least: Scalars,
     most: Scalars | None,
@@ -290,6 +299,8 @@ def agree(
     Parameters
     ----------
     base, rows, out : uint16 ndarray, shape (n,)
+    marks : uint8 ndarray, shape (n,), or None
+        Bit k is set where model k's delta stays, for up to :data:`MARKED` models; None where none is dropped first.
     most : tuple of float, or None
         Larger magnitudes are dropped as those below `least` are; None where none is too large.
     factors : tuple of float, or None
@@ -310,18 +321,19 @@ def agree(
         below = np.int32(stored << 16).view(np.float32)
         # One maximum per element and then one over them: more at once do not vectorise.
         peak = np.int32(stored & 0x7FFF)
+        stays = np.int32(0) if marks is None else np.int32(marks[i])
         vote = zero
         for k in range(len(rows)):
             own = np.int32(rows[k][i])
             peak = max(peak, np.int32(own & 0x7FFF))
-            value = np.int32(own << 16).view(np.float32) - below
+            value = _delta(own, below, marks, stays, k)
             thinned = value if factors is None else np.float32(factors[k]) * value
             term = np.float32(weights[k]) * thinned
             vote = vote + term if _kept(value, least, most, k) else vote
         elected = one if vote >= zero else -one
         total, agreeing = zero, zero
         for k in range(len(rows)):
-            value = np.int32(np.int32(rows[k][i]) << 16).view(np.float32) - below
+            value = _delta(np.int32(rows[k][i]), below, marks, stays, k)
             thinned = value if factors is None else np.float32(factors[k]) * value
             term = np.float32(weights[k]) * thinned
             agrees = _kept(value, least, most, k) & (term * elected > zero)
@@ -339,6 +351,7 @@ def agree(
 def add(
     base: Array,
     rows: Rows,
+    marks: Array | None,
     weights: Scalars,
     least: Scalars,
     most: Scalars | None,
@@ -355,11 +368,12 @@ def add(
         stored = np.int32(base[i])
         below = np.int32(stored << 16).view(np.float32)
         peak = np.int32(stored & 0x7FFF)
+        stays = np.int32(0) if marks is None else np.int32(marks[i])
         total = zero
         for k in range(len(rows)):
             own = np.int32(rows[k][i])
             peak = max(peak, np.int32(own & 0x7FFF))
-            value = np.int32(own << 16).view(np.float32) - below
+            value = _delta(own, below, marks, stays, k)
             thinned = value if factors is None else np.float32(factors[k]) * value
             total = total + np.float32(weights[k]) * thinned if _kept(value, least, most, k) else total
         bits = np.float32(below + factor * (total / whole if divides else total)).view(np.int32)
@@ -498,93 +512,6 @@ def _add(
 
 
 @kernel
-def agree_marked(
-    base: Array,
-    rows: Rows,
-    marks: Array,
-    weights: Scalars,
-    least: Scalars,
-    factors: Scalars,
-    normalize: bool,
-    scale: float,
-    out: Array,
-) -> bool:
-    """As :func:`agree`, of deltas some of which are dropped first, for up to :data:`MARKED` models.
-
-    Parameters
-    ----------
-    marks : uint8 ndarray, shape (n,)
-        Bit k is set where model k's delta stays.
-    others
-        As for :func:`agree`.
-    """
-    zero, one, factor = np.float32(0), np.float32(1), np.float32(scale)
-    worst, over = np.int32(0), np.int32(0)
-    for i in range(out.size):
-        stored = np.int32(base[i])
-        below = np.int32(stored << 16).view(np.float32)
-        peak = np.int32(stored & 0x7FFF)
-        stays = np.int32(marks[i])
-        vote = zero
-        for k in range(len(rows)):
-            own = np.int32(rows[k][i])
-            peak = max(peak, np.int32(own & 0x7FFF))
-            value = np.int32(own << 16).view(np.float32) - below if stays & np.int32(1 << k) else zero
-            term = np.float32(weights[k]) * np.float32(np.float32(factors[k]) * value)
-            vote = vote + term if abs(value) >= np.float32(least[k]) else vote
-        elected = one if vote >= zero else -one
-        total, agreeing = zero, zero
-        for k in range(len(rows)):
-            own = np.int32(rows[k][i])
-            value = np.int32(own << 16).view(np.float32) - below if stays & np.int32(1 << k) else zero
-            term = np.float32(weights[k]) * np.float32(np.float32(factors[k]) * value)
-            agrees = (abs(value) >= np.float32(least[k])) & (term * elected > zero)
-            total = total + term if agrees else total
-            agreeing = agreeing + np.float32(weights[k]) if agrees else agreeing
-        divisor = agreeing if (agreeing != zero) & normalize else one
-        bits = np.float32(below + factor * (total / divisor)).view(np.int32)
-        worst = max(worst, peak)
-        over = max(over, np.int32(bits & 0x7FFFFFFF))
-        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    return bool((worst < 0x7F80) & (over < TOO_LARGE))
-
-
-@kernel
-def add_marked(
-    base: Array,
-    rows: Rows,
-    marks: Array,
-    weights: Scalars,
-    least: Scalars,
-    factors: Scalars,
-    divisor: float,
-    scale: float,
-    out: Array,
-) -> bool:
-    """As :func:`add`, of deltas some of which are dropped first; `marks` as for :func:`agree_marked`."""
-    zero, whole, factor = np.float32(0), np.float32(divisor), np.float32(scale)
-    divides = whole != np.float32(1)
-    worst, over = np.int32(0), np.int32(0)
-    for i in range(out.size):
-        stored = np.int32(base[i])
-        below = np.int32(stored << 16).view(np.float32)
-        peak = np.int32(stored & 0x7FFF)
-        stays = np.int32(marks[i])
-        total = zero
-        for k in range(len(rows)):
-            own = np.int32(rows[k][i])
-            peak = max(peak, np.int32(own & 0x7FFF))
-            value = np.int32(own << 16).view(np.float32) - below if stays & np.int32(1 << k) else zero
-            term = np.float32(weights[k]) * np.float32(np.float32(factors[k]) * value)
-            total = total + term if abs(value) >= np.float32(least[k]) else total
-        bits = np.float32(below + factor * (total / whole if divides else total)).view(np.int32)
-        worst = max(worst, peak)
-        over = max(over, np.int32(bits & 0x7FFFFFFF))
-        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    return bool((worst < 0x7F80) & (over < TOO_LARGE))
-
-
-@kernel
 def keep(base: Array, rows: Rows, marks: Array, out: Array) -> bool:
     """What other loops here can be given in place of the models: the base's bits where a model's delta is dropped.
 
@@ -594,7 +521,7 @@ def keep(base: Array, rows: Rows, marks: Array, out: Array) -> bool:
     ----------
     base, rows : uint16 ndarray, shape (n,); one row per model
     marks : uint8 ndarray, shape (n,)
-        As for :func:`agree_marked`.
+        As for :func:`agree`.
     out : uint16 ndarray, shape (models, n)
 
     Returns
@@ -626,7 +553,7 @@ def norms_around(base: Array, rows: Rows, marks: Array, edges: Array, sums: Arra
     ----------
     base, rows : uint16 ndarray, shape (n,); one row per model
     marks : uint8 ndarray, shape (n,)
-        As for :func:`agree_marked`.
+        As for :func:`agree`.
     edges : int64 ndarray, shape (blocks + 1,)
         Where each block begins, and the end of the last one.
     sums : float64 ndarray, shape (blocks, 2, models, 2)

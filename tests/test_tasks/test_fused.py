@@ -99,7 +99,7 @@ def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool,
     np.testing.assert_array_equal(found, expected)
     for scales in given:
         found.fill(1)
-        assert fused.agree(base, rows, weights, least, most, scales, normalize, 0.7, found)
+        assert fused.agree(base, rows, None, weights, least, most, scales, normalize, 0.7, found)
         np.testing.assert_array_equal(found, expected)
 
     for divisor in (1.0, 1.3):
@@ -109,7 +109,7 @@ def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool,
         np.testing.assert_array_equal(found, expected)
         for scales in given:
             found.fill(1)
-            assert fused.add(base, rows, weights, least, most, scales, divisor, 0.7, found)
+            assert fused.add(base, rows, None, weights, least, most, scales, divisor, 0.7, found)
             np.testing.assert_array_equal(found, expected)
 
 
@@ -204,8 +204,8 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
     assert not fused.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
     zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
     assert not fused.count_near(base, rows, zero, zero, counts)
-    assert not fused.agree(base, rows, weights, zeros, None, ones, True, 1.0, out)
-    assert not fused.add(base, rows, weights, zeros, None, None, 1.0, 1.0, out)
+    assert not fused.agree(base, rows, None, weights, zeros, None, ones, True, 1.0, out)
+    assert not fused.add(base, rows, None, weights, zeros, None, None, 1.0, 1.0, out)
     assert not fused.agree_in_strips(base, rows, strips, weights, zeros, None, ones, True, 1.0, out)
     assert not fused.add_in_strips(base, rows, strips, weights, zeros, None, ones, 1.0, 1.0, out)
     for divisor in (1.0, 2.0, np.inf):
@@ -217,8 +217,8 @@ def test_what_does_not_fit_is_not_done() -> None:
     out, strips = np.empty(1, np.uint16), fused.strips(2)
     ones, zeros = (1.0, 1.0), (0.0, 0.0)
     assert not fused.weigh((large, large), ones, 1.0, out)
-    assert not fused.agree(base, (large, large), ones, zeros, None, ones, False, 1.0, out)
-    assert not fused.add(base, (large, large), ones, zeros, None, None, 1.0, 1.0, out)
+    assert not fused.agree(base, (large, large), None, ones, zeros, None, ones, False, 1.0, out)
+    assert not fused.add(base, (large, large), None, ones, zeros, None, None, 1.0, 1.0, out)
     assert not fused.agree_in_strips(base, (large, large), strips, ones, zeros, None, ones, False, 1.0, out)
     assert not fused.add_in_strips(base, (large, large), strips, ones, zeros, None, ones, 1.0, 1.0, out)
     assert fused.weigh((large, large), (0.5, 0.5), 1.0, out)

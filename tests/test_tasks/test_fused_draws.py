@@ -42,12 +42,12 @@ def test_agreeing_and_adding_what_stays(size: int, models: int, seed: int, norma
     merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
     kernels.agree_few(below, tuple(values), weights, least, factors, normalize, 0.7, merged)
     convert.encode(merged, "BF16", expected)
-    assert fused.agree_marked(base, rows, marks, weights, least, factors, normalize, 0.7, found)
+    assert fused.agree(base, rows, marks, weights, least, None, factors, normalize, 0.7, found)
     np.testing.assert_array_equal(found, expected)
     for divisor in (1.0, 1.3):
         kernels.add_few(below, tuple(values), weights, least, factors, divisor, 0.7, merged)
         convert.encode(merged, "BF16", expected)
-        assert fused.add_marked(base, rows, marks, weights, least, factors, divisor, 0.7, found)
+        assert fused.add(base, rows, marks, weights, least, None, factors, divisor, 0.7, found)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -77,8 +77,8 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
     (base if model < 0 else rows[model])[place] = as_bits(bad)
     marks, out = np.zeros(3001, np.uint8), np.empty(3001, np.uint16)
     zeros, ones = (0.0, 0.0), (1.0, 1.0)
-    assert not fused.agree_marked(base, rows, marks, ones, zeros, ones, True, 1.0, out)
-    assert not fused.add_marked(base, rows, marks, ones, zeros, ones, 1.0, 1.0, out)
+    assert not fused.agree(base, rows, marks, ones, zeros, None, ones, True, 1.0, out)
+    assert not fused.add(base, rows, marks, ones, zeros, None, ones, 1.0, 1.0, out)
     assert fused.keep(base, rows, marks, np.empty((2, 3001), np.uint16)) == (model < 0)
     assert not fused.norms_around(base, rows, marks, np.array([0, 1000, 3001]), np.empty((2, 2, 2, 2)))
 
@@ -86,9 +86,9 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
 def test_what_does_not_fit_is_not_done() -> None:
     base, large, out = as_bits([0.0]), as_bits([3e38]), np.empty(1, np.uint16)
     ones, zeros, both, one = (1.0, 1.0), (0.0, 0.0), np.full(1, 3, np.uint8), np.full(1, 2, np.uint8)
-    assert not fused.agree_marked(base, (large, large), both, ones, zeros, ones, False, 1.0, out)
-    assert not fused.add_marked(base, (large, large), both, ones, zeros, ones, 1.0, 1.0, out)
-    assert fused.add_marked(base, (large, large), one, ones, zeros, ones, 1.0, 1.0, out)
+    assert not fused.agree(base, (large, large), both, ones, zeros, None, ones, False, 1.0, out)
+    assert not fused.add(base, (large, large), both, ones, zeros, None, ones, 1.0, 1.0, out)
+    assert fused.add(base, (large, large), one, ones, zeros, None, ones, 1.0, 1.0, out)
     assert out == large
 
 
