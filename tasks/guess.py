@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergepipe.tasks import fused
+from mergepipe.tasks import fused_counts
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredSweep, Tile
 from mergepipe.tasks.select import FINE_BINS, TOP_BINS, After, count_top, magnitudes, order_keys
 
@@ -118,7 +118,7 @@ class Sample:
 
     def stored(self, job: Job, state: State) -> StoredSweep:
         """Count a part of the stored bits."""
-        return lambda rows, mine, _: fused.sample_top(rows[0], tuple(rows[1:]), mine.counted)
+        return lambda rows, mine, _: fused_counts.sample_top(rows[0], tuple(rows[1:]), mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The windows, if all ranks that are wanted get one."""
@@ -195,7 +195,7 @@ class Near:
     def stored(self, job: Job, state: State) -> StoredSweep:
         """Count from the stored bits."""
         lows, shifts = state[_LOW], state[_SHIFT]
-        return lambda rows, mine, _: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted)
+        return lambda rows, mine, _: fused_counts.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The finished selection and what `after` makes of it, or nothing if a rank was missed."""
@@ -232,7 +232,7 @@ def _count(values: Array, low: int, shift: int, counts: Array) -> None:
     inside = keys[(keys >= 0) & (keys < FINE_BINS << shift)]
     counts[:FINE_BINS] += np.bincount(inside >> shift, minlength=FINE_BINS)
     odd = np.unique(inside[inside & ((1 << shift) - 1) != 0] >> shift)
-    counts[odd[counts[odd] < fused.ODD]] += fused.ODD
+    counts[odd[counts[odd] < fused_counts.ODD]] += fused_counts.ODD
 
 
 def _locate(counts: Array, rank: int) -> tuple[int, int, int] | None:
@@ -240,12 +240,12 @@ def _locate(counts: Array, rank: int) -> tuple[int, int, int] | None:
 
     None if the rank lies outside the window, or the elements of its counter are not all equal.
     """
-    inside = counts[:FINE_BINS] & (fused.ODD - 1)
+    inside = counts[:FINE_BINS] & (fused_counts.ODD - 1)
     ends = np.cumsum(inside) + counts[FINE_BINS]
     if not int(counts[FINE_BINS]) <= rank < int(ends[-1]):
         return None
     place = int(np.searchsorted(ends, rank, side="right"))
-    if counts[place] >= fused.ODD:
+    if counts[place] >= fused_counts.ODD:
         return None
     size = int(inside[place])
     return place, rank - (int(ends[place]) - size), size

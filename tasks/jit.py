@@ -12,10 +12,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+UNROLLED = 4000
+"""LLVM's measure of how large a loop may be to be unrolled whole. What it has by itself is enough for four models or
+five; a loop over elements with one over models left inside is not vectorised, and 20 times slower."""
+
+
+@cache
+def _unroll_loops_over_models() -> None:
+    """Tell LLVM, once a process: it takes a setting only once."""
+    import llvmlite.binding
+
+    llvmlite.binding.set_option("mergepipe", f"-unroll-threshold={UNROLLED}")
 
 
 class _Kernel:
@@ -42,6 +54,7 @@ class _Kernel:
 
         with self._making:
             if self._dispatcher is None:
+                _unroll_loops_over_models()
                 self._dispatcher = numba.njit(nogil=True, error_model="numpy", **self._options)(self._function)
         return self._dispatcher
 

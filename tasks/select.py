@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks import fused, kernels
+from mergepipe.tasks import fused_counts, kernels
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.method import Accumulator, Array, Job, State, StoredSweep, Tile
 
@@ -196,7 +196,9 @@ class Coarse:
 
     def stored(self, job: Job, state: State) -> StoredSweep | None:
         """Count from the stored bits, where no moments are wanted."""
-        return None if self.moments else lambda rows, mine, _: fused.count_top(rows[0], tuple(rows[1:]), mine.counted)
+        if self.moments:
+            return None
+        return lambda rows, mine, _: fused_counts.count_top(rows[0], tuple(rows[1:]), mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``histogram``, ``moments`` and what `after` makes of them."""
@@ -260,7 +262,7 @@ class Refine:
         """Count from the stored bits; the one level there is for float32."""
         found = state[f"_{self.stage}_found"]
         lows, shifts = np.where(found < 0, -1, found << 16), np.zeros_like(found)
-        return lambda rows, mine, _: fused.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted)
+        return lambda rows, mine, _: fused_counts.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The selection one level on; after the last level also what `after` makes of it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mergepipe.tasks import fused, kernels
+from mergepipe.tasks import fused_sums, kernels
 from mergepipe.tasks.blocks import Blocks, block_edges
 from mergepipe.tasks.method import Accumulator, Array, InPlace, Job, State, StoredSweep, Tile
 from mergepipe.tasks.philox import MOST, Draw
@@ -89,7 +89,7 @@ class Shrinkage:
             for (first, after), part, marks in draw.marked(job.shape, blocks):
                 edges = block_edges(job.shape, (first, after))
                 base, *models = [row[part] for row in rows]
-                if not fused.norms_around(
+                if not fused_sums.norms_around(
                     base, tuple(models), marks, edges - edges[0], accumulator.blocks[first:after]
                 ):
                     return False

@@ -125,26 +125,14 @@ def stored_within(job: Job, state: State, bounds: Bounds) -> StoredKernel | None
 
     def run(rows: Sequence[Array], out: Array, marks: Array | None = None) -> bool:
         base, models = rows[0], tuple(rows[1:])
-        if job.models > fused.AT_ONCE:
-            thinned = (models, fused.strips(job.models), weights, least, most, factors)
-            if consensus == "sum":
-                return fused.agree_in_strips(base, *thinned, normalized, scale, out)
-            return fused.add_in_strips(base, *thinned, _divisor(job), scale, out)
         if consensus == "sum":
             return fused.agree(base, models, marks, weights, least, most, scales, normalized, scale, out)
         return fused.add(base, models, marks, weights, least, most, scales, _divisor(job), scale, out)
 
-    def run_marked(rows: Sequence[Array], marks: Array, out: Array) -> bool:
-        if job.models > fused.MARKED:
-            base, models = rows[0], tuple(rows[1:])
-            kept = np.empty((job.models, out.size), np.uint16)
-            return fused.keep(base, models, marks, kept) and run([base, *kept], out)
-        return run(rows, out, marks)
-
     if chance is None:
         return lambda rows, out, _: run(rows, out)
     return lambda rows, out, blocks: all(
-        run_marked([row[part] for row in rows], marks, out[part]) for _, part, marks in chance.marked(job.shape, blocks)
+        run([row[part] for row in rows], out[part], marks) for _, part, marks in chance.marked(job.shape, blocks)
     )
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergepipe.tasks import fused, kernels
+from mergepipe.tasks import fused, fused_sums, kernels
 from mergepipe.tasks.blocks import Blocks, block_edges
 from mergepipe.tasks.method import (
     Accumulator,
@@ -59,7 +59,7 @@ class Dots:
         def run(rows: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
             assert mine.blocks is not None
             edges = block_edges(job.shape, blocks)
-            return fused.dots(rows[0], rows[1], edges - edges[0], mine.blocks[blocks[0] : blocks[1]])
+            return fused_sums.dots(rows[0], rows[1], edges - edges[0], mine.blocks[blocks[0] : blocks[1]])
 
         return run
 

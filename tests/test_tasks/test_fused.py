@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergepipe.tasks import convert, fused, kernels, select
+from mergepipe.tasks import convert, fused, fused_counts, fused_sums, kernels, select
 from mergepipe.tasks.blocks import block_bounds
 from mergepipe.tasks.method import Accumulator, stored_sweep
 from support.bits import as_bits, deltas, drawn, settings_for
@@ -24,13 +24,13 @@ def test_counting(size: int, models: int, seed: int) -> None:
     base, rows = drawn(size, models, seed)
     keys = deltas(base, rows)[1].view(np.int32) & 0x7FFFFFFF
     top = np.ones((models, select.TOP_BINS), np.int64)
-    assert fused.count_top(base, rows, top)
+    assert fused_counts.count_top(base, rows, top)
     lows, shifts = np.full((models, 2), -1), np.zeros((models, 2), np.int64)
     for k in range(models):
         np.testing.assert_array_equal(top[k] - 1, np.bincount(keys[k] >> 16, minlength=select.TOP_BINS))
         lows[k, k % 2] = keys[k, size // 2] >> 16 << 16
     fine = np.zeros((models, 2, select.FINE_BINS), np.int64)
-    assert fused.count_near(base, rows, lows, shifts, fine)
+    assert fused_counts.count_near(base, rows, lows, shifts, fine)
     for k in range(models):
         wanted = keys[k][keys[k] >> 16 << 16 == lows[k, k % 2]] & 0xFFFF
         np.testing.assert_array_equal(fine[k, k % 2], np.bincount(wanted, minlength=select.FINE_BINS))
@@ -47,7 +47,7 @@ def test_windows(size: int, models: int, seed: int, shift: int, apart: int) -> N
     lows[np.random.default_rng(seed).random(lows.shape) < 0.2] = -1
     shifts = np.array([[shift, 4]] * models)
     found = np.zeros((models, 2, select.FINE_BINS + 1), np.int64)
-    assert fused.count_near(base, rows, lows, shifts, found)
+    assert fused_counts.count_near(base, rows, lows, shifts, found)
     for k, r in np.ndindex(lows.shape):
         if lows[k, r] < 0:
             assert not found[k, r].any()
@@ -55,7 +55,7 @@ def test_windows(size: int, models: int, seed: int, shift: int, apart: int) -> N
         places, within = keys[k].astype(np.int64) - lows[k, r], 1 << shifts[k, r]
         inside = places[(places >= 0) & (places < select.FINE_BINS * within)]
         assert found[k, r, -1] == (places < 0).sum()
-        counts, odd = found[k, r, :-1] % fused.ODD, found[k, r, :-1] // fused.ODD
+        counts, odd = found[k, r, :-1] % fused_counts.ODD, found[k, r, :-1] // fused_counts.ODD
         np.testing.assert_array_equal(counts, np.bincount(inside // within, minlength=select.FINE_BINS))
         expected = np.bincount(inside // within, inside % within != 0, minlength=select.FINE_BINS) > 0
         np.testing.assert_array_equal(odd, expected)
@@ -63,15 +63,15 @@ def test_windows(size: int, models: int, seed: int, shift: int, apart: int) -> N
 
 def test_a_sample_is_of_every_column() -> None:
     """Of rows as wide as a strip, whatever lies at the same place of each."""
-    base, rows = drawn(64 * fused.STRIP, 1, 0)
-    taken = np.zeros(fused.STRIP, bool)
-    for column in range(0, fused.STRIP, fused.PIECE):
-        marked = rows[0].reshape(-1, fused.STRIP).copy()
-        marked[:, column : column + fused.PIECE] = as_bits(1e30)
+    base, rows = drawn(64 * fused_counts.STRIP, 1, 0)
+    taken = np.zeros(fused_counts.STRIP, bool)
+    for column in range(0, fused_counts.STRIP, fused_counts.PIECE):
+        marked = rows[0].reshape(-1, fused_counts.STRIP).copy()
+        marked[:, column : column + fused_counts.PIECE] = as_bits(1e30)
         counts = np.zeros((1, select.TOP_BINS), np.int64)
-        assert fused.sample_top(base, (marked.ravel(),), counts)
+        assert fused_counts.sample_top(base, (marked.ravel(),), counts)
         assert counts.sum() == base.size // 8
-        taken[column : column + fused.PIECE] = counts[0, (np.float32(1e30).view(np.int32) >> 16) - 2 :].sum() > 0
+        taken[column : column + fused_counts.PIECE] = counts[0, (np.float32(1e30).view(np.int32) >> 16) - 2 :].sum() > 0
     assert taken.all()
 
 
@@ -81,7 +81,6 @@ def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool,
     weights, least, factors = settings_for(models, seed)
     below, values = deltas(base, rows)
     merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
-    strips = fused.strips(models)
     most = None
     if bounded:
         # Bounds that elements lie on, or nothing is between; the general way takes off what is too large beforehand.
@@ -95,8 +94,6 @@ def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool,
 
     kernels.agree_few(below, tuple(values), weights, least, factors, normalize, 0.7, merged)
     convert.encode(merged, "BF16", expected)
-    assert fused.agree_in_strips(base, rows, strips, weights, least, most, factors, normalize, 0.7, found)
-    np.testing.assert_array_equal(found, expected)
     for scales in given:
         found.fill(1)
         assert fused.agree(base, rows, None, weights, least, most, scales, normalize, 0.7, found)
@@ -105,12 +102,39 @@ def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool,
     for divisor in (1.0, 1.3):
         kernels.add_few(below, tuple(values), weights, least, factors, divisor, 0.7, merged)
         convert.encode(merged, "BF16", expected)
-        assert fused.add_in_strips(base, rows, strips, weights, least, most, factors, divisor, 0.7, found)
-        np.testing.assert_array_equal(found, expected)
         for scales in given:
             found.fill(1)
             assert fused.add(base, rows, None, weights, least, most, scales, divisor, 0.7, found)
             np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 64, 3001])
+@pytest.mark.parametrize("shifted", ["base", "row", "marks", "out"])
+def test_what_does_not_lie_as_words_do(size: int, shifted: str) -> None:
+    """A tensor behind one of an odd size begins anywhere."""
+    base, rows = drawn(size, 2, 1)
+    marks = np.random.default_rng(1).integers(0, 4, size, np.uint8)
+    settings = ((0.4, -0.7), (0.001, 0.0), None, None)
+    expected, added = np.empty(size, np.uint16), np.empty(size, np.uint16)
+    assert fused.agree(base, rows, marks, *settings, True, 1.0, expected)
+    assert fused.add(base, rows, marks, *settings, 1.0, 1.0, added)
+
+    def moved(values: Any, name: str) -> Any:
+        own = np.zeros(size + 3, values.dtype)
+        start = -own.ctypes.data // own.itemsize % 2 + (name == shifted)
+        own[start : start + size] = values
+        return own[start : start + size]
+
+    given = moved(base, "base"), tuple(moved(row, "row") for row in rows), moved(marks, "marks")
+    for found in (moved(np.zeros(size, np.uint16), "out") for _ in range(2)):
+        if size > 1:
+            assert any(part.ctypes.data % (2 * part.itemsize) for part in (given[0], *given[1], given[2], found))
+        around = np.asarray(found.base).copy()
+        assert fused.agree(*given, *settings, True, 1.0, found)
+        np.testing.assert_array_equal(found, expected)
+        assert fused.add(*given, *settings, 1.0, 1.0, found)
+        np.testing.assert_array_equal(found, added)
+        assert (np.asarray(found.base) != around).sum() <= size
 
 
 @pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
@@ -199,37 +223,33 @@ def test_sweeps_count_stored_bits_as_they_count_tiles(sparsify: dict[str, Any], 
 def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> None:
     base, rows = drawn(3001, 2, 0)
     (base if model < 0 else rows[model])[place] = as_bits(bad)
-    out, strips = np.empty(3001, np.uint16), fused.strips(2)
+    out = np.empty(3001, np.uint16)
     weights, zeros, ones = (0.0, 0.0), (0.0, 0.0), (1.0, 1.0)
-    assert not fused.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
+    assert not fused_counts.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
     zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
-    assert not fused.count_near(base, rows, zero, zero, counts)
+    assert not fused_counts.count_near(base, rows, zero, zero, counts)
     assert not fused.agree(base, rows, None, weights, zeros, None, ones, True, 1.0, out)
     assert not fused.add(base, rows, None, weights, zeros, None, None, 1.0, 1.0, out)
-    assert not fused.agree_in_strips(base, rows, strips, weights, zeros, None, ones, True, 1.0, out)
-    assert not fused.add_in_strips(base, rows, strips, weights, zeros, None, ones, 1.0, 1.0, out)
     for divisor in (1.0, 2.0, np.inf):
         assert fused.weigh(rows, weights, divisor, out) == (model < 0)
 
 
 def test_what_does_not_fit_is_not_done() -> None:
     base, large = as_bits([0.0]), as_bits([3e38])
-    out, strips = np.empty(1, np.uint16), fused.strips(2)
+    out = np.empty(1, np.uint16)
     ones, zeros = (1.0, 1.0), (0.0, 0.0)
     assert not fused.weigh((large, large), ones, 1.0, out)
     assert not fused.agree(base, (large, large), None, ones, zeros, None, ones, False, 1.0, out)
     assert not fused.add(base, (large, large), None, ones, zeros, None, None, 1.0, 1.0, out)
-    assert not fused.agree_in_strips(base, (large, large), strips, ones, zeros, None, ones, False, 1.0, out)
-    assert not fused.add_in_strips(base, (large, large), strips, ones, zeros, None, ones, 1.0, 1.0, out)
     assert fused.weigh((large, large), (0.5, 0.5), 1.0, out)
 
 
 def test_deltas_that_overflow_are_for_the_general_way() -> None:
     large = np.full(3000, 0x7F7F, np.uint16)  # the largest finite bfloat16
-    counts = np.zeros((1, 1, fused.FINE_BINS + 1), np.int64)
+    counts = np.zeros((1, 1, fused_counts.FINE_BINS + 1), np.int64)
     low, shift = np.full((1, 1), 1000), np.zeros((1, 1), np.int64)
-    assert fused.count_near(large, (large,), low, shift, counts)
-    assert not fused.count_near(large, (large ^ 0x8000,), low, shift, counts)
+    assert fused_counts.count_near(large, (large,), low, shift, counts)
+    assert not fused_counts.count_near(large, (large ^ 0x8000,), low, shift, counts)
 
 
 @given(SIZES, st.integers(0, 1000))
@@ -243,7 +263,7 @@ def test_blending_and_dot_products(size: int, seed: int) -> None:
     for block in range(2):
         part = slice(*edges[block : block + 2])
         kernels.dots(left[part], right[part], sums[block])
-    assert fused.dots(base, row, edges, found)
+    assert fused_sums.dots(base, row, edges, found)
     np.testing.assert_array_equal(found, sums)
     merged, expected, blended = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
     for a, b in ((0.3, 0.7), (1.0, 0.0), (-0.2, 1.4)):
@@ -252,7 +272,7 @@ def test_blending_and_dot_products(size: int, seed: int) -> None:
         assert fused.weigh((base, row), (a, b), 1.0, blended)
         np.testing.assert_array_equal(blended, expected)
     base[size // 2] = as_bits([np.inf])[0]
-    assert not fused.dots(base, row, edges, found)
+    assert not fused_sums.dots(base, row, edges, found)
     assert not fused.weigh((base, row), (0.0, 1.0), 1.0, blended)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergepipe.tasks import convert, fused, guess
+from mergepipe.tasks import convert, fused_counts, guess
 from mergepipe.tasks.breadcrumbs import kept_ranks
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, expected_reads
 from mergepipe.tasks.registry import SPARSIFIERS
@@ -122,11 +122,11 @@ def test_a_sample_that_misleads_costs_time_only() -> None:
     streams, job = fine_tunes(), job_of(SIZE, [0.2, 0.2])
     taken = np.zeros((1, 32768), np.int64)
     rows = [row.copy() for row in streams[1:]]
-    for strip in range(SIZE // fused.STRIP):
-        place = strip * fused.STRIP + ((strip * 0x9E3779B1 & 0xFFFFFFFF) >> 29) * fused.PIECE
+    for strip in range(SIZE // fused_counts.STRIP):
+        place = strip * fused_counts.STRIP + ((strip * 0x9E3779B1 & 0xFFFFFFFF) >> 29) * fused_counts.PIECE
         for row in rows:
-            row[place : place + fused.PIECE] = bits(np.linspace(1, 2, fused.PIECE))
-    assert fused.sample_top(streams[0], (rows[0],), taken)
+            row[place : place + fused_counts.PIECE] = bits(np.linspace(1, 2, fused_counts.PIECE))
+    assert fused_counts.sample_top(streams[0], (rows[0],), taken)
     assert taken[0, :0x3F00].sum() == 0, "the sample sees the large ones only"
     state, made = run(job, [streams[0], *rows], [65536])
     assert made[-2:] == ["coarse histogram", "fine histogram 1 (threshold)"]
@@ -149,7 +149,9 @@ def test_a_counter_of_several_patterns_is_not_believed() -> None:
     counts = np.zeros((1, 1, 65537), np.int64)
     values = np.abs(deltas([base, other]))
     near.update(job, window, Accumulator(counts), Tile(0, 0, None, values, np.empty((0, 0))))
-    assert counts[..., -1] <= SIZE // 3 < counts[..., -1] + (counts[..., :-1] % fused.ODD).sum(), "it lies inside"
+    assert counts[..., -1] <= SIZE // 3 < counts[..., -1] + (counts[..., :-1] % fused_counts.ODD).sum(), (
+        "it lies inside"
+    )
     assert near.combine(job, window, Accumulator(counts)) == {}
 
 
@@ -207,9 +209,9 @@ def test_one_rank_that_is_missed_spoils_the_guess() -> None:
     """Elements so rare that the sample, of every eighth, saw none of them."""
     streams, job = fine_tunes(models=1), crumbs_of(SIZE, [(0.5, 0.0)])
     unseen = np.ones(SIZE, bool)
-    for strip in range(SIZE // fused.STRIP):
-        place = strip * fused.STRIP + ((strip * 0x9E3779B1 & 0xFFFFFFFF) >> 29) * fused.PIECE
-        unseen[place : place + fused.PIECE] = False
+    for strip in range(SIZE // fused_counts.STRIP):
+        place = strip * fused_counts.STRIP + ((strip * 0x9E3779B1 & 0xFFFFFFFF) >> 29) * fused_counts.PIECE
+        unseen[place : place + fused_counts.PIECE] = False
     streams[1][np.flatnonzero(unseen)[-1]] = bits(np.array([1e30]))[0]
     state, made = run(job, streams, [])
     assert made == ["sample", "counts near thresholds", "coarse histogram", "fine histogram 1 (breadcrumbs)"]

@@ -1,0 +1,218 @@
+"""Counting magnitudes of deltas from stored bfloat16: the sweeps behind exact thresholds, over whole units.
+
+As :mod:`mergepipe.tasks.fused`, which see, these loops need no tile. They go strip by strip through memory that stays
+in the first-level cache, and count as :mod:`mergepipe.tasks.select` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.method import Array
+
+Rows = tuple[Array, ...]
+
+TOP_BINS = 1 << 15
+
+FINE_BINS = 1 << 16
+
+STRIP = 2048
+"""Elements taken at once."""
+
+PIECE = STRIP // 8
+"""Elements of a strip that are taken as a sample."""
+
+ODD = 1 << 40
+"""What :func:`count_near` adds to a counter, once a call, if it met a pattern that is not the counter's first: above
+any number of elements."""
+
+
+@kernel
+def _decode(bits: Array, out: Array) -> Any:
+    worst = np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        worst = max(worst, np.int32(stored & 0x7FFF))
+        out[i] = np.int32(stored << 16).view(np.float32)
+    return worst
+
+
+@kernel
+def _keys(bits: Array, base: Array, out: Array) -> Any:
+    """Bits of the magnitudes of the deltas."""
+    worst = np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        worst = max(worst, np.int32(stored & 0x7FFF))
+        delta = np.float32(np.int32(stored << 16).view(np.float32) - base[i])
+        out[i] = np.int32(delta.view(np.int32) & 0x7FFFFFFF)
+    return worst
+
+
+@kernel
+def count_top(base: Array, rows: Rows, counts: Array) -> bool:
+    """Add the top 15 bits of the magnitudes of the deltas to `counts`.
+
+    Parameters
+    ----------
+    base, rows : uint16 ndarray, shape (n,); one row per model
+    counts : int64 ndarray, shape (models, 32768)
+
+    Returns
+    -------
+    bool
+        False if a stored value is not finite; `counts` are of no use then.
+    """
+    below = np.empty(STRIP, np.float32)
+    keys = np.empty(STRIP, np.int32)
+    worst = np.int32(0)
+    # Neighbours often fall into the same bin, and would wait for each other's counter: so four take turns.
+    lanes = np.zeros((len(rows), 4, TOP_BINS), np.int32)
+    for start in range(0, base.size, STRIP):
+        stop = min(start + STRIP, base.size)
+        worst = max(worst, _decode(base[start:stop], below))
+        for k in range(len(rows)):
+            worst = max(worst, _keys(rows[k][start:stop], below, keys))
+            _scatter(keys[: stop - start], lanes[k])
+    for k in range(len(rows)):
+        total = counts[k]
+        for lane in lanes[k]:
+            for i in range(TOP_BINS):
+                total[i] += lane[i]
+    return bool(worst < 0x7F80)
+
+
+@kernel
+def _scatter(keys: Array, lanes: Array) -> None:
+    quarter = keys.size // 4
+    first, second, third, fourth = lanes[0], lanes[1], lanes[2], lanes[3]
+    a, b, c, d = keys[:quarter], keys[quarter:], keys[2 * quarter :], keys[3 * quarter :]
+    for i in range(quarter):
+        first[np.uintp(a[i] >> 16)] += np.int32(1)
+        second[np.uintp(b[i] >> 16)] += np.int32(1)
+        third[np.uintp(c[i] >> 16)] += np.int32(1)
+        fourth[np.uintp(d[i] >> 16)] += np.int32(1)
+    for i in range(4 * quarter, keys.size):
+        first[np.uintp(keys[i] >> 16)] += np.int32(1)
+
+
+@kernel
+def sample_top(base: Array, rows: Rows, counts: Array) -> bool:
+    """As :func:`count_top`, of a piece of each strip only, which lies elsewhere in each: no column is left out."""
+    below = np.empty(PIECE, np.float32)
+    keys = np.empty(PIECE, np.int32)
+    worst = np.int32(0)
+    for strip in range(base.size // STRIP):
+        # Fibonacci hashing: neighbours get places far from each other, and no width of a row has a rhythm with it.
+        place = ((strip * 0x9E3779B1) & 0xFFFFFFFF) >> 29
+        start = strip * STRIP + place * PIECE
+        worst = max(worst, _decode(base[start : start + PIECE], below))
+        for k in range(len(rows)):
+            worst = max(worst, _keys(rows[k][start : start + PIECE], below, keys))
+            for i in range(PIECE):
+                counts[k, np.uintp(keys[i] >> 16)] += 1
+    return bool(worst < 0x7F80)
+
+
+@kernel
+def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Array) -> bool:
+    """Count the magnitudes of the deltas that lie in windows, exactly or several patterns to a counter.
+
+    Parameters
+    ----------
+    base, rows : uint16 ndarray, shape (n,); one row per model
+    lows : int64 ndarray, shape (models, windows)
+        The bits of the smallest magnitude inside; negative for a window that is not wanted.
+    shifts : int64 ndarray, shape (models, windows)
+        A counter stands for ``2**shift`` patterns, a window is 65536 counters wide.
+    counts : int64 ndarray, shape (models, windows, 65536 or 65537)
+        Added to: how many fall to each counter, plus :data:`ODD` if one of them is not the counter's first pattern;
+        in the last place, if there is one, how many lie below the window.
+
+    Returns
+    -------
+    bool
+        False if a stored value, or a delta, is not finite; `counts` are of no use then.
+    """
+    marks = np.zeros(STRIP, np.uint8)
+    words, full = marks.view(np.int64), np.empty(STRIP // 8, np.int32)
+    keys, found = np.empty(STRIP, np.int32), np.empty(STRIP, np.int32)
+    worst = np.int32(0)
+    # One model after the other: processors foresee what a few streams will need next, not what many will.
+    for k in range(len(rows)):
+        if lows[k].max() < 0:
+            continue
+        row = rows[k]
+        for start in range(0, base.size, STRIP):
+            stop = min(start + STRIP, base.size)
+            worst = max(worst, _magnitudes(base[start:stop], row[start:stop], keys))
+            # Marks behind the end stay zero.
+            marks[stop - start :] = 0
+            for r in range(lows.shape[1]):
+                if lows[k, r] >= 0:
+                    low, width = np.int32(lows[k, r]), np.int32(FINE_BINS << shifts[k, r])
+                    lower = _mark(keys[: stop - start], low, width, marks)
+                    if counts.shape[2] > FINE_BINS:
+                        counts[k, r, FINE_BINS] += lower
+                    size = _gather(marks, words, full, found)
+                    _count_found(keys, found[:size], low, shifts[k, r], counts[k, r])
+    return bool(worst < 0x7F800000)
+
+
+@kernel
+def _magnitudes(base: Array, row: Array, out: Array) -> Any:
+    """Bits of the magnitudes of the deltas; the largest of them."""
+    worst = np.int32(0)
+    for i in range(base.size):
+        value, below = np.int32(np.int32(row[i]) << 16), np.int32(np.int32(base[i]) << 16)
+        delta = np.float32(value.view(np.float32) - below.view(np.float32))
+        key = np.int32(delta.view(np.int32) & 0x7FFFFFFF)
+        worst = max(worst, key)
+        out[i] = key
+    return worst
+
+
+@kernel
+def _mark(keys: Array, low: Any, width: Any, marks: Array) -> Any:
+    """Mark the keys inside a window; how many lie below it."""
+    below = np.int32(0)
+    for i in range(keys.size):
+        place = np.int32(keys[i] - low)
+        # The sum of two of 32 bits has 64, unless it is told otherwise, and halves the elements per instruction.
+        below = np.int32(below - (place >> 31))
+        # What lies below is large without its sign.
+        marks[i] = np.uint8(np.uint32(place) < np.uint32(width))
+    return below
+
+
+@kernel
+def _gather(marks: Array, words: Array, full: Array, found: Array) -> Any:
+    """The places that are marked into `found`; how many there are.
+
+    Eight marks are looked at as one word, and most words are zero. No branch asks for a word or a mark: among many, it
+    would be foretold too badly.
+    """
+    some = np.int64(0)
+    for word in range(words.size):
+        full[np.uintp(some)] = word
+        some += np.int64(words[word] != 0)
+    size = np.int64(0)
+    for j in range(some):
+        first = 8 * np.int64(full[np.uintp(j)])
+        for i in range(first, first + 8):
+            found[np.uintp(size)] = i
+            size += np.int64(marks[np.uintp(i)])
+    return size
+
+
+@kernel
+def _count_found(keys: Array, found: Array, low: Any, shift: int, counts: Array) -> None:
+    within = np.int32((1 << shift) - 1)
+    for k in range(found.size):
+        place = np.int32(keys[np.uintp(found[k])] - low)
+        at = np.uintp(place >> shift)
+        odd = ((place & within) != 0) & (counts[at] < ODD)
+        counts[at] += np.int64(1) + (np.int64(odd) << 40)
