@@ -54,12 +54,15 @@ def command(
       mergepipe build
       mergepipe build recipe.yaml --memory 2GiB --set parameters.lambda=0.7
     """
-    from mergepipe.cli.plan import print_summary
-    from mergepipe.cli.progress import progress
-    from mergepipe.pipeline.build import build
-    from mergepipe.pipeline.chain_run import plans
-    from mergepipe.pipeline.summary import summarize
-    from mergepipe.storage.workspace import Workspace
+    from mergepipe.pipeline.machine import one_blas_thread
+
+    with one_blas_thread():
+        from mergepipe.cli.plan import print_summary
+        from mergepipe.cli.progress import progress
+        from mergepipe.pipeline.build import build
+        from mergepipe.pipeline.chain_run import plans
+        from mergepipe.pipeline.summary import summarize
+        from mergepipe.storage.workspace import Workspace
 
     with progress() as listener:
         plan = build(

@@ -101,12 +101,16 @@ def command(
       mergepipe run --memory 1GiB --workers 4
       mergepipe run --add ./another-expert
     """
-    from mergepipe.cli.progress import progress
-    from mergepipe.pipeline.add import add_model
-    from mergepipe.pipeline.run import run
+    from mergepipe.pipeline.machine import one_blas_thread
+
+    with one_blas_thread():
+        from mergepipe.cli.progress import progress
+        from mergepipe.pipeline.run import run
 
     with stop_on_signal() as stop, progress(quiet, stop.is_set) as listener:
         if add is not None:
+            from mergepipe.pipeline.add import add_model
+
             add_model(work, add, out=out, memory=memory, workers=workers, verify=verify, on_event=listener)
         result = run(
             work,

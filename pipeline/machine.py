@@ -70,6 +70,25 @@ def give_back_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Have numpy, if it is loaded in here for the first time, begin no threads for its BLAS.
+
+    OpenBLAS begins one per processor as soon as it is loaded, and while they wait for their first work they spin:
+    together a twentieth of a second of CPU in which nothing is done, and numpy multiplies nothing large here. Processes
+    that this one starts see their environment as it was.
+    """
+    name = "OPENBLAS_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _left(folder: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:
     """Limit less use, not counting file pages that can be dropped; None where there is no limit."""
     try:

@@ -10,9 +10,11 @@ is, and in a run the first reads are under way by then.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from functools import cache, update_wrapper
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,14 +22,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 UNROLLED = 4000
 """LLVM's measure of how large a loop may be to be unrolled whole. What it has by itself is enough for four models or
 five; a loop over elements with one over models left inside is not vectorised, and 20 times slower."""
-
-
-@cache
-def _unroll_loops_over_models() -> None:
-    """Tell LLVM, once a process: it takes a setting only once."""
-    import llvmlite.binding
-
-    llvmlite.binding.set_option("mergepipe", f"-unroll-threshold={UNROLLED}")
 
 
 class _Kernel:
@@ -50,13 +44,34 @@ class _Kernel:
         return getattr(self._made(), name)
 
     def _made(self) -> Any:
-        import numba
-
         with self._making:
             if self._dispatcher is None:
-                _unroll_loops_over_models()
-                self._dispatcher = numba.njit(nogil=True, error_model="numpy", **self._options)(self._function)
+                self._dispatcher = _numba().njit(nogil=True, error_model="numpy", **self._options)(self._function)
         return self._dispatcher
+
+
+@cache
+def _numba() -> ModuleType:
+    """numba, set up; wherever SciPy is installed it loads its linear algebra too, to have a BLAS at hand.
+
+    That takes a quarter of a second of CPU, half of it the idle threads of one more OpenBLAS, and no kernel of ours
+    multiplies matrices. So numba finds no SciPy while it is loaded; a kernel of somebody else that does multiply finds
+    it later, when it is compiled.
+    """
+    hidden = "scipy" not in sys.modules
+    if hidden:
+        sys.modules["scipy"] = None  # type: ignore[assignment]  # how Python marks what is not to be found
+    try:
+        import numba
+        import numba.np.arraymath
+    finally:
+        if hidden:
+            del sys.modules["scipy"]
+    import llvmlite.binding
+
+    # LLVM takes a setting only once a process.
+    llvmlite.binding.set_option("mergepipe", f"-unroll-threshold={UNROLLED}")
+    return numba
 
 
 def kernel(function: F) -> F:

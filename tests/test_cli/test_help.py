@@ -18,7 +18,7 @@ from mergepipe.tasks.registry import METHODS
 from support.jobs import write_job
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "numba", "dask", "zarr", "numpy", "transformers", "rich", "pydantic")
+HEAVY = ("torch", "numba", "dask", "zarr", "numpy", "transformers", "rich", "pydantic", "scipy")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTEXT = click.Context(group, info_name="mergepipe")
 
@@ -106,7 +106,7 @@ def test_importing_the_package_loads_no_large_library() -> None:
 
 
 def test_build_and_run_load_what_they_need(tmp_path: Path) -> None:
-    """Nothing is compiled, no graph is made and no chunk copied to plan."""
+    """Nothing is compiled, no graph is made and no chunk copied to plan; and numba finds no SciPy."""
     write_job(tmp_path)
     code = (
         "import sys; from mergepipe.cli.main import main; code = main(sys.argv[1:]); "
@@ -119,3 +119,17 @@ def test_build_and_run_load_what_they_need(tmp_path: Path) -> None:
         )
         loaded[command_line[0]] = result.stderr.splitlines()[-1]
     assert loaded == {"build": "['numpy', 'pydantic']", "run": "['dask', 'numba', 'numpy', 'pydantic', 'zarr']"}
+
+
+@pytest.mark.parametrize("name", ["build", "run"])
+def test_numpy_begins_no_threads(tmp_path: Path, name: str) -> None:
+    """Those of its BLAS spin until they have work; what a process starts is to have its BLAS as ever."""
+    code = (
+        "import os, sys; from mergepipe.cli.main import main; main(sys.argv[1:]); import numpy; "
+        "print(len(os.listdir('/proc/self/task')), os.environ.get('OPENBLAS_NUM_THREADS'))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, name], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "1 None"
