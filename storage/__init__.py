@@ -37,6 +37,6 @@ What it does not cover
 ----------------------
 Arithmetic and the meaning of tensors (`tasks`), the order and size of units (`pipeline`), the detection of inputs that
 changed between a build and a run (the caller compares :class:`~mergepipe.storage.checkpoint.FileInfo`). A file that
-another process truncates during the milliseconds in which a mapped window of it is in use kills the process: no mapping
-can be safe from that.
+another process truncates while a mapped window of it is in use (in a run, for milliseconds) kills the process: no
+mapping can be safe from that.
 """

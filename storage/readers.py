@@ -267,14 +267,10 @@ class MmapReader:
 
     @contextmanager
     def _mapped(self, segment: Segment, *, last: bool) -> Iterator[U8]:
-        skip = segment.offset % mmap.ALLOCATIONGRANULARITY
         with self._descriptors.borrow(segment.path) as fd:
-            check_size(fd, segment)
-            start, length = segment.offset - skip, segment.length + skip
-            mapping = mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=start)
+            mapping = filled_map(fd, segment)
             try:
-                _populate(mapping, fd, segment)
-                yield np.frombuffer(mapping, np.uint8, segment.length, skip)
+                yield mapped_bytes(mapping, segment)
             finally:
                 mapping.madvise(mmap.MADV_DONTNEED)
                 # The caller's array may still be alive; then the mapping is closed with it.
@@ -288,6 +284,28 @@ class MmapReader:
         self._descriptors.gather(segments, out, forget_pages=last)
         out.flags.writeable = False
         return out
+
+
+def filled_map(fd: int, segment: Segment) -> mmap.mmap:
+    """A read-only map of the pages of an open file that a segment touches, all of them in memory by now.
+
+    Raises
+    ------
+    ShortReadError
+        If the file ends before the segment does.
+    CheckpointError
+        If the device fails.
+    """
+    check_size(fd, segment)
+    skip = segment.offset % mmap.ALLOCATIONGRANULARITY
+    mapping = mmap.mmap(fd, segment.length + skip, access=mmap.ACCESS_READ, offset=segment.offset - skip)
+    _populate(mapping, fd, segment)
+    return mapping
+
+
+def mapped_bytes(mapping: mmap.mmap, segment: Segment) -> U8:
+    """The bytes of a segment in its map, which lives as long as they do."""
+    return np.frombuffer(mapping, np.uint8, segment.length, segment.offset % mmap.ALLOCATIONGRANULARITY)
 
 
 def _populate(mapping: mmap.mmap, fd: int, segment: Segment) -> None:

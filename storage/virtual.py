@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -23,8 +23,10 @@ from mergepipe.storage import zdtype
 from mergepipe.storage.chunks import grid_shape
 from mergepipe.storage.hierarchy import chunk_bytes, chunk_keys, hierarchy_documents
 from mergepipe.storage.manifest import ChunkManifest, ManifestArray, Segment
-from mergepipe.storage.readers import Descriptors
-from mergepipe.storage.recycled import Recycled
+from mergepipe.storage.readers import U8, Descriptors, filled_map, mapped_bytes
+
+MAPPED_BYTES = 256 * 1024
+"""Chunks, and parts of them, from this size on are mapped; below it, a copy costs no more than a map does."""
 
 
 class VirtualStore(Store):
@@ -37,8 +39,11 @@ class VirtualStore(Store):
 
     Notes
     -----
-    Chunks are read with plain reads, never mapped, so a truncated file is an error here and can't be a crash. The
-    missing part of a padded chunk reads as zeros. The memory of a chunk that nobody holds any more is used again.
+    A whole chunk is a read-only window onto the page cache, which the kernel has filled before anybody sees it: no byte
+    is copied, and a truncated file is an error. As with any map, one that is truncated while somebody holds a chunk of
+    it kills the process when the lost pages are touched, and what is written into it shows. Whoever reads arrays
+    through zarr holds no chunks: zarr copies them into arrays of its own at once. Small chunks, padded ones, whose
+    missing part reads as zeros, and those at odd places are copied.
 
     Examples
     --------
@@ -55,7 +60,6 @@ class VirtualStore(Store):
         self._manifest = manifest
         self._documents = hierarchy_documents(manifest)
         self._descriptors = Descriptors()
-        self._memory = Recycled()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, VirtualStore) and self._manifest is other._manifest
@@ -110,13 +114,21 @@ class VirtualStore(Store):
             number = number * count + int(part)
         return array, number
 
-    def _read(self, array: ManifestArray, number: int, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _read(self, array: ManifestArray, number: int, start: int, stop: int) -> U8:
         valid = min(max(int(array.lengths[number]) - start, 0), stop - start)
-        out = self._memory.array(stop - start)
         path = self._manifest.files[array.files[number]].path
-        self._descriptors.read_into(Segment(path, int(array.offsets[number]) + start, valid), out[:valid].data)
+        segment = Segment(path, int(array.offsets[number]) + start, valid)
+        if valid == stop - start >= MAPPED_BYTES and segment.offset % 8 == 0:
+            with suppress(OSError):  # somebody holds so many chunks that there is no descriptor or map left
+                return self._map(segment)
+        out = np.empty(stop - start, np.uint8)
+        self._descriptors.read_into(segment, out[:valid].data)
         out[valid:] = 0
         return out
+
+    def _map(self, segment: Segment) -> U8:
+        with self._descriptors.borrow(segment.path) as fd:
+            return mapped_bytes(filled_map(fd, segment), segment)
 
     async def exists(self, key: str) -> bool:
         """Whether there is such a key."""

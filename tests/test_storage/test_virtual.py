@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from zarr.core.sync import sync
 from zarr.dtype import data_type_registry
 
 from mergepipe.errors import CheckpointNotFoundError, ShortReadError, WorkspaceError
-from mergepipe.storage import zdtype
+from mergepipe.storage import readers, zdtype
 from mergepipe.storage.checkpoint import open_checkpoint
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.kerchunk import write_references
@@ -160,20 +161,74 @@ def test_it_can_be_pickled(model: tuple[ChunkManifest, dict[str, bytes]]) -> Non
     assert_every_tensor(zarr.open_group(store, mode="r"), model[1])
 
 
-def test_chunks_are_read_into_the_same_memory_again_but_not_into_what_is_held(tmp_path: Path) -> None:
-    data = write_shard(tmp_path / "model.safetensors", {"w": ("U8", (3, 2**20))})
-    store = VirtualStore(virtual_manifest(open_checkpoint(tmp_path), 2**20))
+def chunk_of(store: VirtualStore, key: str) -> np.ndarray[Any, Any]:
+    found = sync(store.get(key, default_buffer_prototype()))
+    assert found is not None
+    return np.asarray(found.as_numpy_array())
 
-    def chunk(number: int) -> np.ndarray[Any, Any]:
-        found = sync(store.get(f"w/c.{number}.0", default_buffer_prototype()))
-        assert found is not None
-        return np.asarray(found.as_numpy_array())
 
-    address = chunk(0).ctypes.data
-    held = chunk(1)
-    assert held.ctypes.data == address
-    assert chunk(2).ctypes.data != address
-    assert held.tobytes() == data["w"][2**20 : 2**21]
+@pytest.fixture
+def large(tmp_path: Path) -> tuple[ChunkManifest, dict[str, bytes]]:
+    """Two tensors of two chunks of 2 MiB each; one begins at an odd place."""
+    data = write_shard(
+        tmp_path / "model.safetensors", {"w": ("U8", (4, 2**20)), "x": ("U8", (3,)), "y": ("U8", (4, 2**20))}
+    )
+    return virtual_manifest(open_checkpoint(tmp_path), 2**21), data
+
+
+def test_whole_chunks_are_windows_onto_the_file(large: tuple[ChunkManifest, dict[str, bytes]]) -> None:
+    """No byte is copied: what is written into the file shows."""
+    manifest, data = large
+    store = VirtualStore(manifest)
+    first, second = chunk_of(store, "w/c.0.0"), chunk_of(store, "w/c.1.0")
+    assert first.tobytes() + second.tobytes() == data["w"]
+    assert not first.flags.writeable
+    store.close()
+    with open(manifest.files[0].path, "r+b") as file:
+        file.seek(int(manifest.arrays["w"].offsets[1]) + 5)
+        file.write(bytes([second[5] ^ 255]))
+    assert second[5] == data["w"][2**21 + 5] ^ 255
+    assert first.tobytes() == data["w"][: 2**21]
+
+
+def test_chunks_at_odd_places_are_copied(large: tuple[ChunkManifest, dict[str, bytes]]) -> None:
+    manifest, data = large
+    assert manifest.arrays["y"].offsets[0] % 8
+    store = VirtualStore(manifest)
+    found = [chunk_of(store, f"y/c.{number}.0") for number in range(2)]
+    assert b"".join(part.tobytes() for part in found) == data["y"]
+    assert all(part.ctypes.data % 8 == 0 for part in found)
+
+
+def test_what_zarr_reads_is_its_own(large: tuple[ChunkManifest, dict[str, bytes]]) -> None:
+    manifest, data = large
+    array = zarr.open_group(VirtualStore(manifest), mode="r")["w"]
+    assert isinstance(array, zarr.Array)
+    whole, chunk = np.asarray(array[...]), np.asarray(array[:2])
+    os.truncate(manifest.files[0].path, 4000)
+    assert whole.tobytes() == data["w"]
+    assert chunk.tobytes() == data["w"][: 2**21]
+
+
+def test_chunks_are_copied_where_no_more_can_be_mapped(
+    large: tuple[ChunkManifest, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(readers.mmap, "mmap", no_more)
+    found = chunk_of(VirtualStore(large[0]), "w/c.0.0")
+    assert found.tobytes() == large[1]["w"][: 2**21]
+
+
+@pytest.mark.parametrize("left", [0, 2**21, 2**22])
+def test_a_truncated_shard_is_an_error_for_mapped_chunks(
+    large: tuple[ChunkManifest, dict[str, bytes]], left: int
+) -> None:
+    manifest, _ = large
+    os.truncate(manifest.files[0].path, left)
+    with pytest.raises(ShortReadError):
+        chunk_of(VirtualStore(manifest), "w/c.1.0")
 
 
 def test_a_truncated_shard_is_an_error(model: tuple[ChunkManifest, dict[str, bytes]]) -> None:
@@ -237,7 +292,7 @@ import json, sys
 import zarr
 from fsspec.implementations.reference import ReferenceFileSystem
 from zarr.storage import FsspecStore
-from mergepipe.storage import zdtype
+from mergepipe.storage import readers, zdtype
 zdtype.register()
 with open(sys.argv[1]) as file:
     fs = ReferenceFileSystem(json.load(file), asynchronous=True)
