@@ -188,6 +188,7 @@ class TensorWork:
         plain = all(source.dtype == "BF16" and source.adjuster is None for source in self.sources)
         self._all_bf16 = plain and job.work == np.float32
         self._accumulators: dict[int, Accumulator] = {}
+        self._places: dict[tuple[int, int], list[Sequence[Segment]]] = {}
 
     @property
     def sources(self) -> tuple[TensorSource, ...]:
@@ -401,9 +402,13 @@ class TensorWork:
         return values
 
     def _segments(self, blocks: tuple[int, int]) -> list[Sequence[Segment]]:
-        """For each source, where a run of blocks is."""
-        start, stop = self._bounds(blocks)
-        return [source.manifest.segments(source.name, start, stop) for source in self.sources]
+        """For each source, where a run of blocks is: asked for when it is announced, at each pass, and in the end."""
+        found = self._places.get(blocks)
+        if found is None:
+            start, stop = self._bounds(blocks)
+            found = [source.manifest.segments(source.name, start, stop) for source in self.sources]
+            self._places[blocks] = found
+        return found
 
     def _aligned(self, number: int, raw: npt.NDArray[np.uint8]) -> Array:
         """The stored values of a window of source `number`; copied where the file has them at an odd address."""
