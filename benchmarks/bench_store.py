@@ -28,12 +28,12 @@ from benchmarks.data import LAYOUTS, drop_from_cache, size_option, weight_files,
 from benchmarks.disk import PIECE, Spent, read_alone, spent
 from benchmarks.report import Report, common_options
 from mergepipe.storage.checkpoint import open_checkpoint
+from mergepipe.storage.checksum import crc32c
 from mergepipe.storage.direct import IO_THREADS, DirectReader, supports_direct
 from mergepipe.storage.hierarchy import chunk_keys
 from mergepipe.storage.manifest import ChunkManifest, Segment, virtual_manifest
 from mergepipe.storage.readers import MmapReader, Reader
 from mergepipe.storage.virtual import VirtualStore
-from mergepipe.storage.writer import crc32c
 from mergepipe.tasks.method import Array
 
 CAT_PIECE = 128 << 10

@@ -25,7 +25,7 @@ from mergepipe.pipeline.resume import Progress, merged, sealed_record
 from mergepipe.storage.digest import Held
 from mergepipe.storage.journal import Journal
 from mergepipe.storage.layout import OutputLayout, PlacedTensor
-from mergepipe.storage.writer import PAGE, SealedShard, ShardWriter, crc32c, publish_part, sync_folder
+from mergepipe.storage.writer import PAGE, SealedShard, ShardWriter, publish_part, sync_folder
 from mergepipe.tasks.method import Array
 
 logger = logging.getLogger(__name__)
@@ -277,8 +277,8 @@ class Sink:
     def __call__(self, offset: int, data: Array) -> None:
         """Write encoded values `offset` bytes into the tensor."""
         raw = data.reshape(-1).view("u1")
-        self._writer.write(self._place.offset + offset, raw)
-        self._committer.add(DoneUnit(self._tensor, self._place.shard, offset, offset + raw.nbytes, crc32c(raw)))
+        crc = self._writer.write(self._place.offset + offset, raw)
+        self._committer.add(DoneUnit(self._tensor, self._place.shard, offset, offset + raw.nbytes, crc))
 
     def mask(self, model: int, start: int, bits: Array) -> None:
         """Keep a model's mask of the elements from `start` on."""

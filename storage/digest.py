@@ -13,17 +13,19 @@ and a file that is compared with them later is held to that.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import mmap
 import os
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from mergepipe.errors import DamageError
+from mergepipe.storage.checksum import crc32c, joined
 from mergepipe.storage.direct import Arena
 
 GRAIN_BYTES = 8 * 1024 * 1024
@@ -36,6 +38,9 @@ HELD_BYTES = 16 * 1024 * 1024
 """Memory for pieces that wait for their turn; part of what the program itself takes, whatever it merges."""
 
 U8 = npt.NDArray[np.uint8]
+
+Crcs = list[tuple[int, int]]
+"""Lengths and checksums of the parts of a piece that lie in one grain each."""
 
 
 class Held:
@@ -59,6 +64,14 @@ class Held:
         """Give a copy's memory back."""
         with self._lock:
             self._arena.give(start, _pages(nbytes))
+
+
+class _Waiting(NamedTuple):
+    """A piece whose turn has not come: its copy, where that is held, and its checksums."""
+
+    place: int
+    copy: U8
+    crcs: Crcs
 
 
 class Digest:
@@ -89,7 +102,7 @@ class Digest:
     ...     _ = file.write(b"123456789")
     ...     file.flush()
     ...     digest = Digest(Path(file.name), sha256=False)
-    ...     digest.put(0, np.frombuffer(b"1234", np.uint8))
+    ...     _ = digest.put(0, np.frombuffer(b"1234", np.uint8))
     ...     digest.advance(9, whole=True)
     ...     [hex(crc) for crc in digest.crc32c], digest.sha256, digest.bytes_back
     (['0xe3069283'], None, 5)
@@ -99,7 +112,7 @@ class Digest:
         self._path = path
         self._with_sha256 = sha256
         self._held = held
-        self._waiting: dict[int, tuple[int, U8]] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._lock = threading.Lock()
         self.bytes_back = 0
         self._begin()
@@ -118,23 +131,30 @@ class Digest:
         """Of all bytes so far, in hexadecimal; None if it was not asked for."""
         return None if self._sha256 is None else self._sha256.hexdigest()
 
-    def put(self, start: int, data: U8) -> None:
-        """Take notice of bytes that are in the file now; they are not needed after the call.
+    def put(self, start: int, data: U8) -> int:
+        """Take notice of bytes that are in the file now, and return their crc32c; they are not needed after the call.
 
         Bytes that take the place of others already taken in make it begin again, and read all of them back.
         """
-        if not data.nbytes:
-            return
-        with self._lock:
-            for other in [other for other, (_, copy) in self._waiting.items() if _overlap(start, data, other, copy)]:
-                self._drop(other)
-            if start < self.position:
-                self._begin()
-            elif start == self.position:
-                self._take(data)
-                self._take_waiting()
-            else:
-                self._keep(start, data)
+        crcs = _crcs(start, data)
+        if data.nbytes:
+            with self._lock:
+                self._put(start, data, crcs)
+        whole = crcs[0][1]
+        for nbytes, crc in crcs[1:]:
+            whole = joined(whole, crc, nbytes)
+        return whole
+
+    def _put(self, start: int, data: U8, crcs: Crcs) -> None:
+        for other in [other for other, one in self._waiting.items() if _overlap(start, data, other, one.copy)]:
+            self._drop(other)
+        if start < self.position:
+            self._begin()
+        elif start == self.position:
+            self._take(data, crcs)
+            self._take_waiting()
+        else:
+            self._keep(start, data, crcs)
 
     def advance(self, stop: int, *, whole: bool = False) -> None:
         """Read back what is missing up to `stop`; only full windows of it, unless the file is `whole`.
@@ -151,12 +171,12 @@ class Digest:
                     return
                 self._read_back(min([stop, *self._waiting]))
 
-    def _keep(self, start: int, data: U8) -> None:
+    def _keep(self, start: int, data: U8, crcs: Crcs) -> None:
         """Hold a copy, in place of one whose turn is later if need be."""
         while self._held is not None and data.nbytes <= HELD_BYTES:
-            copy = self._held.copy(data)
-            if copy is not None:
-                self._waiting[start] = copy
+            copied = self._held.copy(data)
+            if copied is not None:
+                self._waiting[start] = _Waiting(*copied, crcs)
                 return
             last = max(self._waiting, default=0)
             if last < start:
@@ -165,13 +185,13 @@ class Digest:
 
     def _drop(self, start: int) -> None:
         assert self._held is not None, "nothing is kept without"
-        place, copy = self._waiting.pop(start)
-        self._held.give(place, copy.nbytes)
+        waiting = self._waiting.pop(start)
+        self._held.give(waiting.place, waiting.copy.nbytes)
 
     def _take_waiting(self) -> None:
         while self.position in self._waiting:
             start = self.position
-            self._take(self._waiting[start][1])
+            self._take(self._waiting[start].copy, self._waiting[start].crcs)
             self._drop(start)
 
     def _read_back(self, stop: int) -> None:
@@ -190,18 +210,18 @@ class Digest:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, self.position, wanted - skip, os.POSIX_FADV_DONTNEED)
         self.bytes_back += wanted - skip
-        self._take(self._window[skip:wanted])
+        found = self._window[skip:wanted]
+        self._take(found, _crcs(self.position, found))
 
-    def _take(self, data: U8) -> None:
-        while data.nbytes:
-            within = self.position % GRAIN_BYTES
-            piece, data = data[: GRAIN_BYTES - within], data[GRAIN_BYTES - within :]
-            if within == 0:
-                self.crc32c.append(0)
-            self.crc32c[-1] = int(google_crc32c.extend(self.crc32c[-1], piece))
-            if self._sha256 is not None:
-                self._sha256.update(piece.data)
-            self.position += piece.nbytes
+    def _take(self, data: U8, crcs: Crcs) -> None:
+        for nbytes, crc in crcs:
+            if self.position % GRAIN_BYTES:
+                self.crc32c[-1] = joined(self.crc32c[-1], crc, nbytes)
+            else:
+                self.crc32c.append(crc)
+            self.position += nbytes
+        if self._sha256 is not None:
+            self._sha256.update(data.data)
 
     def close(self) -> None:
         """Give the file and the memory back."""
@@ -214,6 +234,13 @@ class Digest:
                 del self._window
                 with suppress(BufferError):
                     self._memory.close()
+
+
+def _crcs(start: int, data: U8) -> Crcs:
+    """Checksums of a piece that begins at byte `start` of its file."""
+    first = GRAIN_BYTES - start % GRAIN_BYTES
+    edges = [0, *range(first, data.nbytes, GRAIN_BYTES), data.nbytes]
+    return [(after - begin, crc32c(data[begin:after])) for begin, after in itertools.pairwise(edges)]
 
 
 def _overlap(start: int, data: U8, other: int, copy: U8) -> bool:

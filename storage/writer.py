@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from mergepipe.errors import DamageError, DiskFullError
+from mergepipe.storage.checksum import crc32c
 from mergepipe.storage.digest import GRAIN_BYTES, Digest, Held
 from mergepipe.storage.file_errors import NO_ROOM, named
 from mergepipe.storage.layout import ShardLayout
@@ -93,8 +93,8 @@ class ShardWriter:
             self.close()
             raise
 
-    def write(self, offset: int, data: npt.NDArray[Any]) -> None:
-        """Put the bytes of a contiguous array at an absolute offset. Threads may write disjoint ranges at once.
+    def write(self, offset: int, data: npt.NDArray[Any]) -> int:
+        """Put the bytes of a contiguous array at an absolute offset; their crc32c. Threads may write disjoint ranges.
 
         Where the array's address and the offset have the same place in their page, whole pages go past the page cache;
         pages at the ends, which belong to a neighbour too, always go through it.
@@ -108,9 +108,10 @@ class ShardWriter:
             _write_all(self._fd, raw[:first].data, offset)
             _write_all(self._direct, raw[first:last].data, offset + first)
             _write_all(self._fd, raw[last:].data, offset + last)
-        if self._digest is not None:
-            self._digest.put(offset, raw)  # before it counts as there: whoever follows would read it back
+        # Before it counts as there: whoever follows would read it back.
+        crc = crc32c(raw) if self._digest is None else self._digest.put(offset, raw)
         self.mark(offset, offset + raw.nbytes)
+        return crc
 
     def mark(self, start: int, stop: int) -> None:
         """Note that the bytes from `start` to `stop` are there: written now, or in an earlier run."""
@@ -243,17 +244,6 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         written = os.pwrite(fd, view, offset)
         view = view[written:]
         offset += written
-
-
-def crc32c(data: npt.NDArray[np.uint8]) -> int:
-    """Checksum of a contiguous array, without a copy.
-
-    Examples
-    --------
-    >>> hex(crc32c(np.frombuffer(b"123456789", np.uint8)))
-    '0xe3069283'
-    """
-    return int(google_crc32c.value(data))
 
 
 def crc32c_of_range(path: Path, start: int, length: int) -> int:

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergepipe.errors import DamageError
+from mergepipe.storage import digest as digest_module
 from mergepipe.storage import writer as writer_module
+from mergepipe.storage.checksum import crc32c
 from mergepipe.storage.digest import GRAIN_BYTES, WINDOW_BYTES, Digest, Held
 from mergepipe.storage.layout import OutputTensor, lay_out
-from mergepipe.storage.writer import PAGE, ShardWriter, crc32c
+from mergepipe.storage.writer import PAGE, ShardWriter
 
 U8 = npt.NDArray[np.uint8]
 
@@ -153,6 +155,36 @@ def test_checksums_per_grain(tmp_path: Path) -> None:
     digest.close()
     assert digest.crc32c == [crc32c(content[i : i + GRAIN_BYTES]) for i in range(0, content.nbytes, GRAIN_BYTES)]
     assert digest.sha256 == hashlib.sha256(content.tobytes()).hexdigest()
+
+
+@given(cuts=st.lists(st.integers(0, 5_000), max_size=8), held=st.booleans(), seed=st.integers(0, 9))
+def test_pieces_over_grains(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], held: bool, seed: int) -> None:
+    """Each piece has its own checksum and is part of those of the grains; memory is gone over once."""
+    rng = np.random.default_rng(seed)
+    content = rng.integers(0, 256, 5_000, np.uint8)
+    pieces = list(itertools.pairwise(sorted({0, 5_000, *cuts})))
+    rng.shuffle(pieces)
+    looked_at = []
+
+    def counted(data: U8) -> int:
+        looked_at.append(data.nbytes)
+        return crc32c(data)
+
+    path = tmp_path_factory.mktemp("out") / "file"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digest_module, "GRAIN_BYTES", 700)
+        patch.setattr(digest_module, "crc32c", counted)
+        content.tofile(path)
+        digest = Digest(path, sha256=True, held=Held() if held else None)
+        for start, stop in pieces:
+            assert digest.put(start, content[start:stop]) == crc32c(content[start:stop])
+        assert sum(looked_at) == content.nbytes
+        digest.advance(content.nbytes, whole=True)
+    digest.close()
+    assert digest.crc32c == [crc32c(content[i : i + 700]) for i in range(0, content.nbytes, 700)]
+    assert digest.sha256 == hashlib.sha256(content.tobytes()).hexdigest()
+    assert sum(looked_at) == content.nbytes + digest.bytes_back
+    assert not (held and digest.bytes_back)
 
 
 def test_a_file_that_ends_early(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mergepipe.errors import DamageError, DiskFullError
+from mergepipe.storage.checksum import crc32c
 from mergepipe.storage.layout import OutputTensor, ShardLayout, lay_out
-from mergepipe.storage.writer import ShardWriter, crc32c, crc32c_of_range, matches, publish_part
+from mergepipe.storage.writer import ShardWriter, crc32c_of_range, matches, publish_part
 
 
 @pytest.fixture
