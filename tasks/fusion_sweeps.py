@@ -159,7 +159,7 @@ class Divergences:
         def run(bits: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
             assert mine.blocks is not None
             donors, own = tuple(bits[1:])[: stage.stop], mine.blocks[blocks[0] : blocks[1]]
-            if not rows.measure_stored(bits[0], donors, width, block, piece, *settings.directions, 1, own):
+            if not rows.measure_stored(bits[0], donors, width, block, *settings.directions, 1, own):
                 return False
             found = np.swapaxes(own[:, :, :-1], 0, 1).reshape(len(donors), -1, 1)
             counts = mine.counts

@@ -51,8 +51,11 @@ MOMENTS = 10
 STATISTICS = 3
 """Of a row: its divergence, log(sum(exp(A))), and what log(q / p) is short of D."""
 
-ROOM = MOMENTS * LANES + MOMENTS + EXTREMES + SUMS + STATISTICS
-"""float64 numbers of working memory that rows are measured with."""
+OTHERS = MOMENTS - 1
+"""Moments that are a donor's own: the sum of w is the same for all."""
+
+ROOM = OTHERS * LANES + MOMENTS + EXTREMES + SUMS + STATISTICS
+"""float64 numbers of working memory that the rows of a donor are measured with."""
 
 FAR = 1.0
 """Distance of an element of D from the mean above which a row is taken to be far."""
@@ -60,6 +63,12 @@ FAR = 1.0
 STRIDE = 4 * LANES
 """Elements that moments are taken of at once. A close row is filled up with zeros to a multiple of it, whose weights of
 exactly 1 are taken off again; where it is shorter than :data:`LANES`, that is not worth while, and it is none."""
+
+STRIP = 4 * STRIDE
+"""Elements whose weights, which all donors share, are kept at a time: few enough for a first-level cache."""
+
+SHARED = STRIP + LANES + 1
+"""float64 numbers of working memory for all donors of a row together."""
 
 CLOSE_WEIGHT, CLOSE_DELTA = 1.0, 1 / 32
 """Largest magnitudes of A and D in a close row."""
@@ -119,26 +128,34 @@ def _sum(t: Any) -> Any:
 
 
 @kernel
-def _largest(a: Array, b: Array) -> tuple[float, float]:
-    """Largest magnitudes of `a` and of the differences, float32: by their bits, whose maximum vectorises."""
-    first, second = np.int32(0), np.int32(0)
+def _reach(a: Array) -> float:
+    """Largest magnitude, float32: by its bits, whose maximum vectorises."""
+    largest = np.int32(0)
     for i in range(a.size):
-        first = max(first, np.int32(np.float32(a[i]).view(np.int32) & 0x7FFFFFFF))
-        second = max(second, np.int32(np.float32(b[i] - a[i]).view(np.int32) & 0x7FFFFFFF))
-    weight, delta = np.int32(first), np.int32(second)
-    return float(weight.view(np.float32)), float(delta.view(np.float32))
+        largest = max(largest, np.int32(np.float32(a[i]).view(np.int32) & 0x7FFFFFFF))
+    found = np.int32(largest)
+    return float(found.view(np.float32))
 
 
 @kernel
-def _add_moments(a: Array, b: Array, lanes: Array) -> None:
-    """Add :data:`MOMENTS` of `a` and `b`, shape (256 * k,), to `lanes`, shape (10 * 64,)."""
+def _distance(a: Array, b: Array) -> float:
+    """Largest magnitude of the differences, likewise."""
+    largest = np.int32(0)
+    for i in range(a.size):
+        largest = max(largest, np.int32(np.float32(b[i] - a[i]).view(np.int32) & 0x7FFFFFFF))
+    found = np.int32(largest)
+    return float(found.view(np.float32))
+
+
+@kernel
+def _add_weights(a: Array, weights: Array, lanes: Array) -> None:
+    """``exp(a)``, shape (256 * k,), into `weights`; added to `lanes`, shape (64,)."""
     for start in range(0, a.size, STRIDE):
-        x, y = a[start : start + STRIDE], b[start : start + STRIDE]
+        x, own = a[start : start + STRIDE], weights[start : start + STRIDE]
         for i in range(LANES):
             # What has no sign can't count from the end: that test would keep the loop from vectorising.
             j, k, m, n = np.uintp(i), np.uintp(i + LANES), np.uintp(i + 2 * LANES), np.uintp(i + 3 * LANES)
             place = np.float64(x[j]), np.float64(x[k]), np.float64(x[m]), np.float64(x[n])
-            d = np.float64(y[j] - x[j]), np.float64(y[k] - x[k]), np.float64(y[m] - x[m]), np.float64(y[n] - x[n])
             root = _step((_ROOT[6], _ROOT[6], _ROOT[6], _ROOT[6]), place, _ROOT[5])
             root = _step(root, place, _ROOT[4])
             root = _step(root, place, _ROOT[3])
@@ -149,43 +166,103 @@ def _add_moments(a: Array, b: Array, lanes: Array) -> None:
             root = _times(root, root)
             root = _times(root, root)
             weight = _times(root, root)
+            own[j], own[k], own[m], own[n] = weight[0], weight[1], weight[2], weight[3]
+            lanes[j] += _sum(weight)
+
+
+@kernel
+def _add_moments(a: Array, b: Array, weights: Array, lanes: Array) -> None:
+    """Add the other :data:`MOMENTS` of `a` and `b`, shape (256 * k,), to `lanes`, shape (9 * 64,)."""
+    for start in range(0, a.size, STRIDE):
+        x, y, own = a[start : start + STRIDE], b[start : start + STRIDE], weights[start : start + STRIDE]
+        for i in range(LANES):
+            j, k, m, n = np.uintp(i), np.uintp(i + LANES), np.uintp(i + 2 * LANES), np.uintp(i + 3 * LANES)
+            weight = own[j], own[k], own[m], own[n]
+            d = np.float64(y[j] - x[j]), np.float64(y[k] - x[k]), np.float64(y[m] - x[m]), np.float64(y[n] - x[n])
             square = _times(d, d)
             fourth = _times(square, square)
             first, second = _times(weight, d), _times(weight, square)
             third = _times(first, square)
-            lanes[j] += _sum(weight)
-            lanes[k] += _sum(first)
-            lanes[m] += _sum(second)
-            lanes[n] += _sum(third)
-            lanes[np.uintp(i + 4 * LANES)] += _sum(_times(weight, fourth))
-            lanes[np.uintp(i + 5 * LANES)] += _sum(_times(first, fourth))
-            lanes[np.uintp(i + 6 * LANES)] += _sum(_times(second, fourth))
-            lanes[np.uintp(i + 7 * LANES)] += _sum(_times(third, fourth))
-            lanes[np.uintp(i + 8 * LANES)] += _sum(d)
-            lanes[np.uintp(i + 9 * LANES)] += _sum(square)
+            lanes[j] += _sum(first)
+            lanes[k] += _sum(second)
+            lanes[m] += _sum(third)
+            lanes[n] += _sum(_times(weight, fourth))
+            lanes[np.uintp(i + 4 * LANES)] += _sum(_times(first, fourth))
+            lanes[np.uintp(i + 5 * LANES)] += _sum(_times(second, fourth))
+            lanes[np.uintp(i + 6 * LANES)] += _sum(_times(third, fourth))
+            lanes[np.uintp(i + 7 * LANES)] += _sum(d)
+            lanes[np.uintp(i + 8 * LANES)] += _sum(square)
 
 
 @kernel
-def _measure_moments(a: Array, b: Array, lanes: Array, filled: Array, out: Array) -> None:
-    """:data:`MOMENTS` of a row into `out`; `lanes`, shape (640,), and `filled`, (2, 256), are working memory."""
+def _halve(lanes: Array, out: Array) -> None:
+    """Sums of lanes, half on half: `lanes`, shape (64 * k,), change, `out` is of shape (k,)."""
+    for s in range(out.size):
+        for i in range(8):
+            # Three halvings written out: a loop over them does not vectorise.
+            a, b = np.uintp(s * LANES + i), np.uintp(s * LANES + i + 8)
+            c, d = np.uintp(s * LANES + i + 16), np.uintp(s * LANES + i + 24)
+            e, f = np.uintp(s * LANES + i + 32), np.uintp(s * LANES + i + 40)
+            g, h = np.uintp(s * LANES + i + 48), np.uintp(s * LANES + i + 56)
+            even, odd = (lanes[a] + lanes[e]) + (lanes[c] + lanes[g]), (lanes[b] + lanes[f]) + (lanes[d] + lanes[h])
+            lanes[a] = even + odd
+    for s in range(out.size):
+        t = lanes[s * LANES : s * LANES + 8]
+        out[s] = ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))
+
+
+@kernel
+def _copy(values: Array, out: Array) -> None:
+    """An assignment to a slice would first ask whether the two overlap, and takes six times as long."""
+    for i in range(values.size):
+        out[i] = values[i]
+
+
+@kernel
+def _measure_moments(a: Array, b: Array, close: Array, shared: Array, filled: Array, room: Array) -> None:
+    """:data:`MOMENTS` of a row of those donors that are close.
+
+    Parameters
+    ----------
+    a : float32 ndarray, shape (n,)
+    b : float32 ndarray, shape (donors, n)
+    close : bool ndarray, shape (donors,)
+    shared, filled : float64 ndarray, shape (SHARED,); float32 ndarray, shape (2, 256)
+        Working memory.
+    room : float64 ndarray, shape (donors, ROOM)
+        The moments come behind the lanes.
+    """
+    weights, lanes = shared[:STRIP], shared[STRIP : STRIP + LANES]
     lanes[:] = 0.0
+    for j in range(len(b)):
+        if close[j]:
+            room[j, : OTHERS * LANES] = 0.0
     whole = a.size // STRIDE * STRIDE
-    _add_moments(a[:whole], b[:whole], lanes)
+    for start in range(0, whole, STRIP):
+        stop = min(start + STRIP, whole)
+        x, own = a[start:stop], weights[: stop - start]
+        _add_weights(x, own, lanes)
+        for j in range(len(b)):
+            if close[j]:
+                _add_moments(x, b[j, start:stop], own, room[j])
     rest = a.size - whole
     if rest:
-        filled[:] = 0.0
-        filled[0, :rest] = a[whole:]
-        filled[1, :rest] = b[whole:]
-        _add_moments(filled[0], filled[1], lanes)
-    for s in range(MOMENTS):
-        own = lanes[s * LANES : (s + 1) * LANES]
-        half = LANES // 2
-        while half:
-            for i in range(half):
-                own[i] += own[np.uintp(i + half)]
-            half //= 2
-        out[s] = own[0]
-    out[0] -= STRIDE - rest if rest else 0.0
+        x, y, own = filled[0], filled[1], weights[:STRIDE]
+        _copy(a[whole:], x)
+        x[rest:] = 0.0
+        y[rest:] = 0.0
+        _add_weights(x, own, lanes)
+        for j in range(len(b)):
+            if close[j]:
+                _copy(b[j, whole:], y)
+                _add_moments(x, y, own, room[j])
+    total = shared[STRIP + LANES :]
+    _halve(lanes, total)
+    for j in range(len(b)):
+        if close[j]:
+            own = room[j]
+            own[OTHERS * LANES] = total[0] - (STRIDE - rest if rest else 0.0)
+            _halve(own[: OTHERS * LANES], own[OTHERS * LANES + 1 : OTHERS * LANES + MOMENTS])
 
 
 @kernel
@@ -349,47 +426,57 @@ def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float,
     float
         Sum of squares of D.
     """
-    room, filled = np.empty(ROOM), np.empty((2, STRIDE), a.dtype)
-    return _measure_rows(a, b, width, reverse, forward, out, 0.0, room, filled)
+    room, shared, filled = np.empty((1, ROOM)), np.empty(SHARED), np.empty((2, STRIDE), a.dtype)
+    energies, close = np.zeros(1), np.empty(1, np.bool_)
+    donors = b.reshape(1, b.size)
+    for row in range(a.size // width):
+        x, y = a[row * width : (row + 1) * width], donors[:, row * width : (row + 1) * width]
+        close[0] = measured_close(a.itemsize, width) and _reach(x) <= CLOSE_WEIGHT and _distance(x, y[0]) <= CLOSE_DELTA
+        _measure_row(x, y, close, reverse, forward, out[row : row + 1], energies, shared, filled, room)
+    return float(energies[0])
 
 
 @kernel
-def _measure_rows(
-    a: Array,
-    b: Array,
-    width: int,
-    reverse: float,
-    forward: float,
-    out: Array,
-    energy: float,
-    room: Array,
-    filled: Array,
-) -> float:
-    """The same, added to the `energy` of rows before; with working memory, `room` of shape (:data:`ROOM`,)."""
-    lanes = room[: MOMENTS * LANES]
-    rooms = lanes[: EXTREMES * LANES].reshape(EXTREMES, LANES)
-    rest = room[MOMENTS * LANES :]
-    moments, extremes, sums = rest[:MOMENTS], rest[MOMENTS : MOMENTS + EXTREMES], rest[MOMENTS + EXTREMES : -STATISTICS]
-    found = rest[-STATISTICS:]
-    for row in range(a.size // width):
-        x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
-        if measured_close(a.itemsize, width):
-            weight, delta = _largest(x, y)
-            if weight <= CLOSE_WEIGHT and delta <= CLOSE_DELTA:
-                _measure_moments(x, y, lanes, filled, moments)
-                if finish_close(moments, reverse, forward, found):
-                    energy += moments[MOMENTS - 1]
-                    out[row] = found[: out.shape[1]]
-                    continue
-        measure_extremes(x, y, rooms, extremes)
-        energy += extremes[5]
-        if extremes[3] == extremes[4] and out.shape[1] == 1:
-            out[row, 0] = 0.0
+def _measure_row(
+    a: Array, b: Array, close: Array, reverse: float, forward: float, out: Array, energies: Array, shared: Array,
+    filled: Array, room: Array,
+) -> None:  # fmt: skip
+    """:data:`STATISTICS` of a row of all donors.
+
+    Parameters
+    ----------
+    a, b : ndarray, shape (n,) and (donors, n)
+    close : bool ndarray, shape (donors,)
+        Whether magnitudes are those of a close row.
+    reverse, forward : float
+    out : float64 ndarray, shape (donors, 1 to 3)
+    energies : float64 ndarray, shape (donors,)
+        Added to: the sums of squares of D.
+    shared, filled, room : ndarray
+        Working memory; see :func:`_measure_moments`.
+    """
+    some = False
+    for j in range(close.size):
+        some |= close[j]
+    if some:
+        _measure_moments(a, b, close, shared, filled, room)
+    for j in range(len(b)):
+        rest = room[j, OTHERS * LANES :]
+        moments, extremes = rest[:MOMENTS], rest[MOMENTS : MOMENTS + EXTREMES]
+        sums, found = rest[MOMENTS + EXTREMES : -STATISTICS], rest[-STATISTICS:]
+        if close[j] and finish_close(moments, reverse, forward, found):
+            energies[j] += moments[MOMENTS - 1]
+            _copy(found[: out.shape[1]], out[j])
             continue
-        measure_sums(x, y, extremes, width, rooms, sums)
-        finish_row(extremes, sums, width, reverse, forward, found)
-        out[row] = found[: out.shape[1]]
-    return energy
+        lanes = room[j, : EXTREMES * LANES].reshape(EXTREMES, LANES)
+        measure_extremes(a, b[j], lanes, extremes)
+        energies[j] += extremes[5]
+        if extremes[3] == extremes[4] and out.shape[1] == 1:
+            out[j, 0] = 0.0
+            continue
+        measure_sums(a, b[j], extremes, a.size, lanes, sums)
+        finish_row(extremes, sums, a.size, reverse, forward, found)
+        _copy(found[: out.shape[1]], out[j])
 
 
 @kernel
@@ -460,20 +547,35 @@ def score_points(
 
 
 @kernel
-def _decode(bits: Array, out: Array) -> bool:
-    """Stored bfloat16 to float32; whether all are finite."""
-    worst = np.int32(0)
+def _decode(bits: Array, out: Array) -> float:
+    """Stored bfloat16 to float32; the largest magnitude, which is not below an infinity if one is not finite."""
+    largest = np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        largest = max(largest, np.int32(stored & 0x7FFF))
+        out[i] = np.int32(stored << 16).view(np.float32)
+    found = np.int32(largest << 16)
+    return float(found.view(np.float32))
+
+
+@kernel
+def _decode_donor(bits: Array, a: Array, out: Array) -> tuple[bool, float]:
+    """The same for a donor: whether all are finite, and the largest magnitude of the differences to `a`."""
+    worst, largest = np.int32(0), np.int32(0)
     for i in range(bits.size):
         stored = np.int32(bits[i])
         worst = max(worst, np.int32(stored & 0x7FFF))
-        out[i] = np.int32(stored << 16).view(np.float32)
-    return bool(worst < 0x7F80)
+        value = np.int32(stored << 16).view(np.float32)
+        largest = max(largest, np.int32(np.float32(value - a[i]).view(np.int32) & 0x7FFFFFFF))
+        out[i] = value
+    found = np.int32(largest)
+    return bool(worst < 0x7F80), float(found.view(np.float32))
 
 
 @kernel
 def measure_stored(
-    base: Array, donors: tuple[Array, ...], width: int, block: int, piece: int, reverse: float, forward: float,
-    columns: int, blocks: Array,
+    base: Array, donors: tuple[Array, ...], width: int, block: int, reverse: float, forward: float, columns: int,
+    blocks: Array,
 ) -> bool:  # fmt: skip
     """Measure the rows of stored bfloat16 numbers: :func:`measure_rows` of each donor.
 
@@ -481,8 +583,8 @@ def measure_stored(
     ----------
     base, donors : uint16 ndarray, shape (n,); the primary, and one row per donor
         Whole blocks, but for the last of a tensor.
-    width, block, piece : int
-        Elements of a row, of a block and of what is worked on at once, whole rows.
+    width, block : int
+        Elements of a row and of a block.
     reverse, forward : float
     columns : int
         Statistics that are kept of a row.
@@ -494,22 +596,26 @@ def measure_stored(
     bool
         False if a stored value is not finite: then all is for the general way.
     """
-    room, filled = np.empty(ROOM), np.empty((2, STRIDE), np.float32)
-    first, second = np.empty(piece, np.float32), np.empty(piece, np.float32)
+    room, shared, filled = np.empty((len(donors), ROOM)), np.empty(SHARED), np.empty((2, STRIDE), np.float32)
+    a, b = np.empty(width, np.float32), np.empty((len(donors), width), np.float32)
+    energies, close = np.empty(len(donors)), np.empty(len(donors), np.bool_)
+    may_be_close = measured_close(4, width)
     for start in range(0, base.size, block):
         stop, own = min(start + block, base.size), blocks[start // block]
-        own[:, -1] = 0.0
-        for at in range(start, stop, piece):
-            after = min(at + piece, stop)
-            a, b = first[: after - at], second[: after - at]
-            if not _decode(base[at:after], a):
+        energies[:] = 0.0
+        for at in range(start, stop, width):
+            reach = _decode(base[at : at + width], a)
+            if not reach < math.inf:
                 return False
-            row, count = (at - start) // width, (after - at) // width
             for j in range(len(donors)):
-                if not _decode(donors[j][at:after], b):
+                finite, distance = _decode_donor(donors[j][at : at + width], a, b[j])
+                if not finite:
                     return False
-                found = own[j, row * columns : (row + count) * columns].reshape(count, columns)
-                own[j, -1] = _measure_rows(a, b, width, reverse, forward, found, own[j, -1], room, filled)
+                close[j] = may_be_close and reach <= CLOSE_WEIGHT and distance <= CLOSE_DELTA
+            place = (at - start) // width * columns
+            found = own[:, place : place + columns]
+            _measure_row(a, b, close, reverse, forward, found, energies, shared, filled, room)
+        own[:, -1] = energies
     return True
 
 
