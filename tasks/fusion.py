@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mergepipe.tasks import kernels, rows, scores
-from mergepipe.tasks.blocks import Blocks, block_bounds, block_elements
+from mergepipe.tasks.blocks import Blocks, block_bounds
 from mergepipe.tasks.method import Array, Job, State, StoredKernel, Tile
 
 SCRATCH_ROWS = 3
-"""Scores, the primary as earlier stages left it, and the best score so far."""
+"""Scores, the primary as earlier stages left it, and the best score so far or differences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,23 +186,19 @@ def stored_rows(stage: Stage, job: Job, state: State, blocks: Blocks) -> Array:
     return found
 
 
-def piece_of(job: Job) -> int:
-    """Elements that the loops over stored bits take at once: whole rows, and no more than a block."""
-    width = rows.row_width(job)
-    return min(scores.piece_rows(width) * width, block_elements(job.shape))
-
-
 def stored(settings: Settings, job: Job, state: State) -> StoredKernel | None:
     """The kernel from bits to bits, for one stage of rows that fit a block, with no tie left to break."""
     one, *others = stages(job, settings)
     if others or not settings.by_row or rows.is_wide(job) or settings.never_takes(job) or "_ties_0" in state:
         return None
-    width, piece, least = rows.row_width(job), piece_of(job), np.ascontiguousarray(state["thresholds"])
+    if job.models > scores.AT_ONCE:
+        return None
+    width, least = rows.row_width(job), scores.rounded_up(state["thresholds"])
+    always, scale = settings.always, None if settings.scale == 1.0 else settings.scale
 
     def run(bits: Sequence[Array], out: Array, blocks: Blocks) -> bool:
         found = stored_rows(one, job, state, blocks)
-        models, always, scale = tuple(bits[1:]), settings.always, settings.scale
-        return scores.take_stored(bits[0], models, width, piece, found, always, least, scale, out)
+        return scores.take_stored(bits[0], tuple(bits[1:]), width, found, always, least, scale, out)
 
     return run
 

@@ -17,7 +17,6 @@ from mergepipe.tasks.blocks import Blocks, block_elements
 from mergepipe.tasks.fusion import (
     Settings,
     Stage,
-    piece_of,
     primary_of,
     score,
     score_rows,
@@ -154,7 +153,7 @@ class Divergences:
         stage, settings = self.stage, self.stage.settings
         if stage.first or not settings.by_row:
             return None
-        width, block, piece = rows.row_width(job), block_elements(job.shape), piece_of(job)
+        width, block = rows.row_width(job), block_elements(job.shape)
 
         def run(bits: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
             assert mine.blocks is not None
@@ -163,7 +162,7 @@ class Divergences:
                 return False
             found = np.swapaxes(own[:, :, :-1], 0, 1).reshape(len(donors), -1, 1)
             counts = mine.counts
-            return counts is None or scores.count_stored(bits[0], donors, width, piece, found, settings.always, counts)
+            return counts is None or scores.count_stored(bits[0], donors, width, found, settings.always, counts)
 
         return run
 
@@ -355,7 +354,9 @@ class Fine:
                 continue
             bounds = bin_bounds(int(found[j, 0]), self.level, job.work)
             unit, lanes = _unit(float(state[self.stage.energy][j])), np.zeros(kernels.LANES)
-            scores.sort_energies(primary, tile.values[donor], order_keys(own), *bounds, unit, counts, lanes)
+            with np.errstate(over="ignore"):
+                deltas = np.subtract(tile.values[donor], primary, out=tile.scratch[2])
+            scores.sort_energies(deltas, order_keys(own), *bounds, unit, counts, lanes)
             accumulator.blocks[tile.index, j] = scores.added(lanes)
 
     def stored(self, job: Job, state: State) -> StoredSweep | None:
@@ -363,7 +364,7 @@ class Fine:
         stage, settings = self.stage, self.stage.settings
         if stage.first or not settings.by_row or rows.is_wide(job) or not self._weighs(job):
             return None
-        width, block, piece = rows.row_width(job), block_elements(job.shape), piece_of(job)
+        width, block = rows.row_width(job), block_elements(job.shape)
         lows = state[f"_{stage.selection}_found"][:, 0] << 16
         units = np.array([_unit(energy) for energy in state[stage.energy].tolist()])
 
@@ -371,9 +372,7 @@ class Fine:
             assert mine.blocks is not None
             donors, own = tuple(bits[1:])[: stage.stop], mine.blocks[blocks[0] : blocks[1]]
             found, counts = stored_rows(stage, job, state, blocks), mine.counted
-            return scores.sort_stored(
-                bits[0], donors, width, block, piece, found, settings.always, lows, units, own, counts
-            )
+            return scores.sort_stored(bits[0], donors, width, block, found, settings.always, lows, units, own, counts)
 
         return run
 

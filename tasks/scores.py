@@ -1,8 +1,8 @@
 """What is done by score in coordinate fusion: scoring, counting, weighing and taking.
 
 A score is ``abs(B - A)`` times the divergence of the row (:mod:`mergepipe.tasks.rows`, which also knows what an
-element contributes to it). Where all is stored as bfloat16, a unit is worked on from its stored bits, in pieces that
-stay in the caches, and without a call per block: the same operations in the same order as by tiles.
+element contributes to it). Where all is stored as bfloat16, a unit is worked on from its stored bits, in registers or
+in strips that stay in the caches, and without a call per block: the same operations in the same order as by tiles.
 """
 
 from __future__ import annotations
@@ -12,15 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.jit import inlined, kernel
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
 
-PIECE = 8192
-"""Elements, at the least, that the loops over stored bits take at once: a few pieces fill a first-level cache."""
+STRIP = 2048
+"""Elements whose scores the loops over stored bits keep at a time, a multiple of the lanes: a few strips fill a
+first-level cache. A block is cut into strips whatever its rows are."""
+
+AT_ONCE = 8
+"""Most donors that one loop takes from at once: with twice as many it is not vectorised, and ten times slower."""
 
 TOO_LARGE = 0x7F7F8000
 """Bits of float32 magnitudes that are not finite, or not once they are rounded to bfloat16."""
+
+
+@inlined
+def _factor(divergence: Any, always: Any) -> Any:
+    return 1.0 if always and divergence == 0.0 else divergence
 
 
 @kernel
@@ -42,7 +51,7 @@ def score_delta(a: Array, b: Array, width: int, rows: Array, always: bool, out: 
     for row in range(rows.shape[0]):
         x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
         scores = out[row * width : (row + 1) * width]
-        factor = 1.0 if always and rows[row, 0] == 0.0 else rows[row, 0]
+        factor = _factor(rows[row, 0], always)
         if factor == 0.0:
             scores[:] = 0
             continue
@@ -52,14 +61,14 @@ def score_delta(a: Array, b: Array, width: int, rows: Array, always: bool, out: 
 
 @kernel
 def sort_energies(
-    a: Array, b: Array, keys: Array, low: Any, high: Any, shift: int, unit: float, counts: Array, lanes: Array
+    deltas: Array, keys: Array, low: Any, high: Any, shift: int, unit: float, counts: Array, lanes: Array
 ) -> None:
     """Count keys from `low` to `high` by their last bits, and add up squares of D by score.
 
     Parameters
     ----------
-    a, b : ndarray, shape (n,)
-        Primary and donor; n is a multiple of 64, but for the last piece of a block.
+    deltas : ndarray, shape (n,)
+        Of the donor to the primary; n is a multiple of 64, but for the last piece of a block.
     keys : signed integer ndarray, shape (n,)
         The scores, as :func:`mergepipe.tasks.select.order_keys` has them.
     low, high, shift : int
@@ -71,17 +80,17 @@ def sort_energies(
     lanes : float64 ndarray, shape (64,)
         Added to: the squares of keys above `high`.
     """
-    for start in range(0, a.size, LANES):
-        x, y, key = a[start : start + LANES], b[start : start + LANES], keys[start : start + LANES]
+    for start in range(0, deltas.size, LANES):
+        delta, key = deltas[start : start + LANES], keys[start : start + LANES]
         inside = np.int64(0)
-        for i in range(x.size):
-            d = np.float64(y[i] - x[i])
+        for i in range(key.size):
+            d = np.float64(delta[i])
             lanes[i] += d * d if key[i] > high else 0.0
             inside += np.int64((key[i] >= low) & (key[i] <= high))
         if inside:
-            for i in range(x.size):
+            for i in range(key.size):
                 if (key[i] >= low) & (key[i] <= high):
-                    d, place = np.float64(y[i] - x[i]), np.uintp((key[i] >> shift) & 0xFFFF)
+                    d, place = np.float64(delta[i]), np.uintp((key[i] >> shift) & 0xFFFF)
                     counts[0, place] += 1
                     counts[1, place] += np.int64(d * d * unit + 0.5)
 
@@ -123,6 +132,20 @@ def take(b: Array, scores: Array, least: float, scale: float, best: Array, prima
         best[i] = score if taken else top
 
 
+def rounded_up(thresholds: Array) -> Array:
+    """The smallest float32 numbers that are not below float64 thresholds: what float32 scores reach is the same.
+
+    Examples
+    --------
+    >>> rounded_up(np.array([1.0, 1.0 + 1e-12])).tolist()
+    [1.0, 1.0000001192092896]
+    """
+    with np.errstate(over="ignore"):
+        nearest = thresholds.astype(np.float32)
+    found: Array = np.where(nearest < thresholds, np.nextafter(nearest, np.float32(math.inf)), nearest)
+    return found
+
+
 @kernel
 def added(lanes: Array) -> float:
     """Their sum, one after another."""
@@ -133,30 +156,37 @@ def added(lanes: Array) -> float:
 
 
 @kernel
-def _decode(bits: Array, out: Array) -> bool:
-    """Stored bfloat16 to float32; whether all are finite."""
+def _score_strip(
+    base: Array, donor: Array, start: int, stop: int, width: int, rows: Array, always: bool, keys: Array,
+    deltas: Array | None,
+) -> Any:  # fmt: skip
+    """Bits of the scores of the stored elements `start` to `stop` into `keys`, their differences into `deltas`.
+
+    The largest magnitude of stored bits is returned.
+    """
     worst = np.int32(0)
-    for i in range(bits.size):
-        stored = np.int32(bits[i])
-        worst = max(worst, np.int32(stored & 0x7FFF))
-        out[i] = np.int32(stored << 16).view(np.float32)
-    return bool(worst < 0x7F80)
+    at = start
+    while at < stop:
+        row = at // width
+        after = min((row + 1) * width, stop)
+        factor = _factor(rows[row, 0], always)
+        for place in range(at, after):
+            # What has no sign can't count from the end: that test would keep the loop from vectorising.
+            i, k = np.uintp(place), np.uintp(place - start)
+            first, second = np.int32(base[i]), np.int32(donor[i])
+            worst = max(worst, max(np.int32(first & 0x7FFF), np.int32(second & 0x7FFF)))
+            delta = np.float32(np.int32(second << 16).view(np.float32) - np.int32(first << 16).view(np.float32))
+            score = np.float32(np.float64(abs(delta)) * factor)
+            # Zero times a difference that overflows is none.
+            keys[k] = np.int32(0) if factor == 0.0 else score.view(np.int32)
+            if deltas is not None:
+                deltas[k] = delta
+        at = after
+    return worst
 
 
 @kernel
-def _encode(values: Array, out: Array) -> bool:
-    """float32 to stored bfloat16, rounded to nearest, ties to even; whether all are finite and fit."""
-    worst = np.int32(0)
-    for i in range(out.size):
-        bits = np.float32(values[i]).view(np.int32)
-        worst = max(worst, np.int32(bits & 0x7FFFFFFF))
-        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    return bool(worst < TOO_LARGE)
-
-
-@kernel
-def _count_scores(scores: Array, counts: Array) -> None:
-    keys = scores.view(np.int32)
+def _count_keys(keys: Array, counts: Array) -> None:
     # Neighbours often fall into the same bin, and would wait for each other's counter: so two take turns.
     half = keys.size // 2
     first, second, even, odd = counts[0], counts[1], keys[:half], keys[half:]
@@ -167,29 +197,15 @@ def _count_scores(scores: Array, counts: Array) -> None:
         first[np.uintp((keys[i] & 0x7FFFFFFF) >> 16)] += np.int32(1)
 
 
-def piece_rows(width: int) -> int:
-    """Rows that the loops over stored bits take at once: few enough for the caches, and whole multiples of the lanes.
-
-    Examples
-    --------
-    >>> piece_rows(1536), piece_rows(4096), piece_rows(7), piece_rows(50_257)
-    (6, 2, 1216, 64)
-    """
-    whole = LANES // math.gcd(width, LANES)
-    return -(-PIECE // (width * whole)) * whole
-
-
 @kernel
-def count_stored(
-    base: Array, donors: tuple[Array, ...], width: int, piece: int, found: Array, always: bool, counts: Array
-) -> bool:
+def count_stored(base: Array, donors: tuple[Array, ...], width: int, found: Array, always: bool, counts: Array) -> bool:
     """Count the top 15 bits of the scores of stored bfloat16 numbers.
 
     Parameters
     ----------
     base, donors : uint16 ndarray, shape (n,); the primary, and one row per donor
-    width, piece : int
-        Elements of a row and of what is worked on at once, whole rows.
+    width : int
+        Elements of a row.
     found : float64 ndarray, shape (donors, rows, 1 to 3)
         The statistics of the rows.
     always : bool
@@ -202,34 +218,31 @@ def count_stored(
     bool
         False if a stored value is not finite: then all is for the general way.
     """
-    first, second, scores = np.empty(piece, np.float32), np.empty(piece, np.float32), np.empty(piece, np.float32)
+    keys = np.empty(STRIP, np.int32)
     turns = np.zeros((len(donors), 2, counts.shape[1]), np.int32)
-    for at in range(0, base.size, piece):
-        after = min(at + piece, base.size)
-        a, b, out = first[: after - at], second[: after - at], scores[: after - at]
-        if not _decode(base[at:after], a):
-            return False
-        for j in range(len(donors)):
-            if not _decode(donors[j][at:after], b):
-                return False
-            score_delta(a, b, width, found[j, at // width : after // width], always, out)
-            _count_scores(out, turns[j])
+    worst = np.int32(0)
+    # One donor after the other: processors foresee what a few streams will need next, not what many will.
+    for j in range(len(donors)):
+        for start in range(0, base.size, STRIP):
+            stop = min(start + STRIP, base.size)
+            worst = max(worst, _score_strip(base, donors[j], start, stop, width, found[j], always, keys, None))
+            _count_keys(keys[: stop - start], turns[j])
     for j in range(len(donors)):
         for i in range(counts.shape[1]):
             counts[j, i] += turns[j, 0, i] + turns[j, 1, i]
-    return True
+    return bool(worst < 0x7F80)
 
 
 @kernel
 def sort_stored(
-    base: Array, donors: tuple[Array, ...], width: int, block: int, piece: int, found: Array, always: bool, lows: Array,
+    base: Array, donors: tuple[Array, ...], width: int, block: int, found: Array, always: bool, lows: Array,
     units: Array, blocks: Array, counts: Array,
 ) -> bool:  # fmt: skip
     """Count the scores of stored bfloat16 numbers inside a bin, and add up squares: :func:`sort_energies`.
 
     Parameters
     ----------
-    base, donors, width, piece, found, always
+    base, donors, width, found, always
         As of :func:`count_stored`.
     block : int
         Elements of a block.
@@ -245,42 +258,77 @@ def sort_stored(
     bool
         False if a stored value is not finite.
     """
-    first, second, scores = np.empty(piece, np.float32), np.empty(piece, np.float32), np.empty(piece, np.float32)
+    keys, deltas = np.empty(STRIP, np.int32), np.empty(STRIP, np.float32)
     lanes = np.empty((len(donors), LANES))
-    for start in range(0, base.size, block):
-        stop = min(start + block, base.size)
+    worst = np.int32(0)
+    for first in range(0, base.size, block):
+        last = min(first + block, base.size)
         lanes[:] = 0.0
-        for at in range(start, stop, piece):
-            after = min(at + piece, stop)
-            a, b, out = first[: after - at], second[: after - at], scores[: after - at]
-            if not _decode(base[at:after], a):
-                return False
-            for j in range(len(donors)):
-                if not _decode(donors[j][at:after], b):
-                    return False
-                score_delta(a, b, width, found[j, at // width : after // width], always, out)
-                low = np.int32(lows[j])
-                keys = out.view(np.int32)
-                sort_energies(a, b, keys, low, np.int32(low | 0xFFFF), 0, units[j], counts[j], lanes[j])
         for j in range(len(donors)):
-            blocks[start // block, j] = added(lanes[j])
-    return True
+            for start in range(first, last, STRIP):
+                stop = min(start + STRIP, last)
+                key, delta = keys[: stop - start], deltas[: stop - start]
+                worst = max(worst, _score_strip(base, donors[j], start, stop, width, found[j], always, key, delta))
+                low = np.int32(lows[j])
+                sort_energies(delta, key, low, np.int32(low | 0xFFFF), 0, units[j], counts[j], lanes[j])
+        for j in range(len(donors)):
+            blocks[first // block, j] = added(lanes[j])
+    return bool(worst < 0x7F80)
+
+
+@kernel
+def _take_row(
+    base: Array, donors: tuple[Array, ...], start: int, stop: int, factors: Array, least: Array, scale: float | None,
+    out: Array,
+) -> bool:  # fmt: skip
+    """Fuse the elements `start` to `stop` of a row, all donors at once and in registers: :func:`take_stored`.
+
+    What the differences of the row are multiplied by stands in `factors`, float64, shape (donors,).
+    """
+    worst, over = np.int32(0), np.int32(0)
+    for place in range(start, stop):
+        # What has no sign can't count from the end: that test would keep the loop from vectorising.
+        i = np.uintp(place)
+        stored = np.int32(base[i])
+        below = np.int32(stored << 16).view(np.float32)
+        peak = np.int32(stored & 0x7FFF)
+        best, taken_bits, taken_value = np.float32(0), stored, below
+        for j in range(len(donors)):
+            own = np.int32(donors[j][i])
+            peak = max(peak, np.int32(own & 0x7FFF))
+            delta = np.float32(np.int32(own << 16).view(np.float32) - below)
+            score = np.float32(np.float64(abs(delta)) * factors[j])
+            taken = (score >= least[j]) & (score > best)
+            best = score if taken else best
+            if scale is None:
+                taken_bits = own if taken else taken_bits
+            else:
+                taken_value = below + np.float32(scale) * delta if taken else taken_value
+        worst = max(worst, peak)
+        if scale is None:
+            out[i] = np.uint16(taken_bits)
+        else:
+            bits = np.float32(taken_value).view(np.int32)
+            over = max(over, np.int32(bits & 0x7FFFFFFF))
+            out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return bool((worst < 0x7F80) & (over < TOO_LARGE))
 
 
 @kernel
 def take_stored(
-    base: Array, donors: tuple[Array, ...], width: int, piece: int, found: Array, always: bool, least: Array,
-    scale: float, out: Array,
+    base: Array, donors: tuple[Array, ...], width: int, found: Array, always: bool, least: Array, scale: float | None,
+    out: Array,
 ) -> bool:  # fmt: skip
     """Fuse stored bfloat16 numbers: :func:`take` of each donor in turn.
 
     Parameters
     ----------
-    base, donors, width, piece, found, always
+    base, donors, width, found, always
         As of :func:`count_stored`.
-    least : float64 ndarray, shape (donors,)
-        The thresholds.
-    scale : float
+    least : float32 ndarray, shape (donors,)
+        The thresholds, or the next larger numbers.
+    scale : float or None
+        None for 1, where stored bits are taken as they are.
     out : uint16 ndarray, shape (n,)
 
     Returns
@@ -288,21 +336,10 @@ def take_stored(
     bool
         False if a value is not finite, or does not fit.
     """
-    first, second, scores = np.empty(piece, np.float32), np.empty(piece, np.float32), np.empty(piece, np.float32)
-    highest, fused = np.empty(piece, np.float32), np.empty(piece, np.float32)
-    for at in range(0, base.size, piece):
-        after = min(at + piece, base.size)
-        size = after - at
-        a, b, score, best, made = first[:size], second[:size], scores[:size], highest[:size], fused[:size]
-        if not _decode(base[at:after], a):
-            return False
-        made[:] = a
-        best[:] = 0
+    factors = np.empty(len(donors))
+    for row in range(base.size // width):
         for j in range(len(donors)):
-            if not _decode(donors[j][at:after], b):
-                return False
-            score_delta(a, b, width, found[j, at // width : after // width], always, score)
-            take(b, score, least[j], scale, best, a, made)
-        if not _encode(made, out[at:after]):
+            factors[j] = _factor(found[j, row, 0], always)
+        if not _take_row(base, donors, row * width, (row + 1) * width, factors, least, scale, out):
             return False
     return True

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mergepipe.tasks import convert, scores
 from mergepipe.tasks.blocks import block_bounds
@@ -27,6 +29,7 @@ def drawn(shape: tuple[int, ...], donors: int, seed: int = 0) -> list[U16]:
     primary = rng.normal(0, 0.02, shape).astype("f4").reshape(-1, shape[-1])
     primary[rng.random(primary.shape) < 0.05] = 0
     primary[rng.random(primary.shape) < 0.02] = 1e-39
+    primary[3::7, 0] = 1.5
     found = [primary]
     for donor in range(donors):
         step = rng.choice([0.0, 1e-3, 1e-3, 0.05, 1.5], (len(primary), 1))
@@ -50,12 +53,16 @@ class Merge:
 
     def __init__(self, shape: tuple[int, ...], donors: int, name: str, params: Mapping[str, Any]) -> None:
         self.bits = drawn(shape, donors)
-        self.values = [np.empty(bits.size, "f4") for bits in self.bits]
-        for bits, out in zip(self.bits, self.values, strict=True):
-            convert.decode(bits, "BF16", out)
+        self.decode()
         self.method: MergeMethod
         self.job: Job
         self.method, self.job = make_job(name, shape, "f4", [{}] * donors, params)
+
+    def decode(self) -> None:
+        """The values of what is stored now."""
+        self.values = [np.empty(bits.size, "f4") for bits in self.bits]
+        for bits, out in zip(self.bits, self.values, strict=True):
+            convert.decode(bits, "BF16", out)
 
     def of(self, blocks: tuple[int, int]) -> slice:
         return slice(block_bounds(self.job.shape, blocks[0])[0], block_bounds(self.job.shape, blocks[1] - 1)[1])
@@ -168,14 +175,67 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
 def test_what_does_not_fit_is_not_done() -> None:
     """The largest of float32 that rounds to an infinity, half way between two that do not."""
     a, b = np.full(64, 0x7F7F, np.uint16), np.full(64, 0xFF7F, np.uint16)
-    found, least = np.ones((1, 1, 1)), np.zeros(1)
+    found, least = np.ones((1, 1, 1)), np.zeros(1, np.float32)
     out = np.empty(64, np.uint16)
-    assert scores.take_stored(a, (b,), 64, 64, found, False, least, 0.25, out) is False
-    assert scores.take_stored(a, (b,), 64, 64, found, False, least, 1.0, out) is True
+    assert scores.take_stored(a, (b,), 64, found, False, least, 0.25, out) is False
+    assert scores.take_stored(a, (b,), 64, found, False, least, None, out) is True
 
 
-@pytest.mark.parametrize("width", [1, 7, 63, 64, 1536, 4096, 50_257])
-def test_pieces_are_whole_rows_and_whole_lanes(width: int) -> None:
-    elements = scores.piece_rows(width) * width
-    assert elements % 64 == 0
-    assert elements >= scores.PIECE
+def equal_scores(merge: Merge, size: int) -> None:
+    """Half a row moved by the same step up, half down: all scores of rows that are alike are equal."""
+    rows = np.zeros((size // 64, 64), "f4")
+    rows[:, ::2], rows[:, 1::2] = 0.25, -0.25
+    merge.bits[1] = as_bits(rows).reshape(-1)
+
+
+def zero_scores(merge: Merge, size: int) -> None:
+    """All rows moved as a whole."""
+    merge.bits[1] = as_bits(np.full(size, 0.25, "f4"))
+
+
+def late_ties(merge: Merge, size: int) -> None:
+    """Two scores, and a threshold that is the lower one."""
+    rows = np.zeros((size // 64, 64), "f4")
+    rows[:, ::2], rows[:, 1::2], rows[::2] = 0.25, -0.25, 2 * rows[::2]
+    rows[::3] = 0
+    merge.bits[1] = as_bits(rows).reshape(-1)
+
+
+def overflowing(merge: Merge, size: int) -> None:
+    """Differences beyond float32 in some rows, whose divergence is 0 then."""
+    merge.bits[0][:64], merge.bits[1][:64], merge.bits[1][5] = 0x7F7F, 0xFF7F, 0x7F7F
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize("zero_kl", ["skip", "abs"])
+@pytest.mark.parametrize("change", [equal_scores, zero_scores, late_ties, overflowing])
+def test_scores_that_are_equal_zero_or_infinite(
+    change: Callable[[Merge, int], None], zero_kl: str, quantile: float
+) -> None:
+    merge = Merge((300, 64), 1, "scf_rkl", {"quantile": quantile, "zero_kl": zero_kl})
+    if change is not overflowing:
+        merge.bits[0][:] = 0
+    change(merge, merge.job.size)
+    merge.decode()
+    state, by_bits = merge.sweeps()
+    assert len(by_bits) == 2
+    made, found = merge.outputs(state)
+    np.testing.assert_array_equal(found, made)
+
+
+@pytest.mark.parametrize("donors", [scores.AT_ONCE, scores.AT_ONCE + 1])
+def test_many_donors(donors: int) -> None:
+    merge = Merge((70, 96), donors, "scf_rkl", {"quantile": 0.5})
+    state, by_bits = merge.sweeps()
+    assert len(by_bits) == 2
+    made, found = merge.outputs(state)
+    assert (found is None) == (donors > scores.AT_ONCE)
+    if found is not None:
+        np.testing.assert_array_equal(found, made)
+
+
+@given(st.floats(), st.floats(width=32))
+def test_what_reaches_a_threshold_reaches_it_rounded_up(threshold: float, score: float) -> None:
+    least = scores.rounded_up(np.array([threshold]))
+    assert least.dtype == np.float32
+    assert (np.float32(score) >= least[0]) == (score >= threshold)
