@@ -148,10 +148,11 @@ def _distance(a: Array, b: Array) -> float:
 
 
 @kernel
-def _add_weights(a: Array, weights: Array, lanes: Array) -> None:
-    """``exp(a)``, shape (256 * k,), into `weights`; added to `lanes`, shape (64,)."""
-    for start in range(0, a.size, STRIDE):
-        x, own = a[start : start + STRIDE], weights[start : start + STRIDE]
+def _add_weights(a: Array, begin: int, end: int, shared: Array) -> None:
+    """``exp(a)`` of the elements from `begin` to `end`, whole strides; their lanes come behind them."""
+    lanes = shared[STRIP : STRIP + LANES]
+    for start in range(begin, end, STRIDE):
+        x, own = a[start : start + STRIDE], shared[start - begin : start - begin + STRIDE]
         for i in range(LANES):
             # What has no sign can't count from the end: that test would keep the loop from vectorising.
             j, k, m, n = np.uintp(i), np.uintp(i + LANES), np.uintp(i + 2 * LANES), np.uintp(i + 3 * LANES)
@@ -171,10 +172,12 @@ def _add_weights(a: Array, weights: Array, lanes: Array) -> None:
 
 
 @kernel
-def _add_moments(a: Array, b: Array, weights: Array, lanes: Array) -> None:
-    """Add the other :data:`MOMENTS` of `a` and `b`, shape (256 * k,), to `lanes`, shape (9 * 64,)."""
-    for start in range(0, a.size, STRIDE):
-        x, y, own = a[start : start + STRIDE], b[start : start + STRIDE], weights[start : start + STRIDE]
+def _add_moments(a: Array, b: Array, donor: int, begin: int, end: int, shared: Array, room: Array) -> None:
+    """Add the other :data:`MOMENTS` of a donor's elements from `begin` to `end`, whole strides, to its lanes."""
+    lanes = room[donor]
+    for start in range(begin, end, STRIDE):
+        x, y = a[start : start + STRIDE], b[donor, start : start + STRIDE]
+        own = shared[start - begin : start - begin + STRIDE]
         for i in range(LANES):
             j, k, m, n = np.uintp(i), np.uintp(i + LANES), np.uintp(i + 2 * LANES), np.uintp(i + 3 * LANES)
             weight = own[j], own[k], own[m], own[n]
@@ -195,27 +198,29 @@ def _add_moments(a: Array, b: Array, weights: Array, lanes: Array) -> None:
 
 
 @kernel
-def _halve(lanes: Array, out: Array) -> None:
-    """Sums of lanes, half on half: `lanes`, shape (64 * k,), change, `out` is of shape (k,)."""
-    for s in range(out.size):
-        for i in range(8):
+def _halve(lanes: Array, first: int, count: int, at: int) -> None:
+    """Sums of lanes, half on half: of so many times 64 from `first` on, which change, to where `at` is."""
+    for s in range(first, first + count * LANES, LANES):
+        for i in range(s, s + 8):
             # Three halvings written out: a loop over them does not vectorise.
-            a, b = np.uintp(s * LANES + i), np.uintp(s * LANES + i + 8)
-            c, d = np.uintp(s * LANES + i + 16), np.uintp(s * LANES + i + 24)
-            e, f = np.uintp(s * LANES + i + 32), np.uintp(s * LANES + i + 40)
-            g, h = np.uintp(s * LANES + i + 48), np.uintp(s * LANES + i + 56)
+            a, b, c, d = np.uintp(i), np.uintp(i + 8), np.uintp(i + 16), np.uintp(i + 24)
+            e, f, g, h = np.uintp(i + 32), np.uintp(i + 40), np.uintp(i + 48), np.uintp(i + 56)
             even, odd = (lanes[a] + lanes[e]) + (lanes[c] + lanes[g]), (lanes[b] + lanes[f]) + (lanes[d] + lanes[h])
             lanes[a] = even + odd
-    for s in range(out.size):
-        t = lanes[s * LANES : s * LANES + 8]
-        out[s] = ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))
+    for s in range(count):
+        t = lanes[first + s * LANES : first + s * LANES + 8]
+        lanes[at + s] = ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))
 
 
 @kernel
-def _copy(values: Array, out: Array) -> None:
-    """An assignment to a slice would first ask whether the two overlap, and takes six times as long."""
-    for i in range(values.size):
-        out[i] = values[i]
+def _fill(values: Array, first: int, out: Array) -> None:
+    """The values from `first` on, and zeros behind them."""
+    # An assignment to a slice would first ask whether the two overlap, and takes six times as long.
+    rest = values.size - first
+    for i in range(rest):
+        out[i] = values[np.uintp(first + i)]
+    for i in range(rest, out.size):
+        out[np.uintp(i)] = 0.0
 
 
 @kernel
@@ -232,37 +237,32 @@ def _measure_moments(a: Array, b: Array, close: Array, shared: Array, filled: Ar
     room : float64 ndarray, shape (donors, ROOM)
         The moments come behind the lanes.
     """
-    weights, lanes = shared[:STRIP], shared[STRIP : STRIP + LANES]
-    lanes[:] = 0.0
+    # A slice that is handed to another kernel is counted, atomically: rows are handed on whole.
+    shared[STRIP:] = 0.0
     for j in range(len(b)):
         if close[j]:
             room[j, : OTHERS * LANES] = 0.0
     whole = a.size // STRIDE * STRIDE
     for start in range(0, whole, STRIP):
         stop = min(start + STRIP, whole)
-        x, own = a[start:stop], weights[: stop - start]
-        _add_weights(x, own, lanes)
+        _add_weights(a, start, stop, shared)
         for j in range(len(b)):
             if close[j]:
-                _add_moments(x, b[j, start:stop], own, room[j])
+                _add_moments(a, b, j, start, stop, shared, room)
     rest = a.size - whole
     if rest:
-        x, y, own = filled[0], filled[1], weights[:STRIDE]
-        _copy(a[whole:], x)
-        x[rest:] = 0.0
-        y[rest:] = 0.0
-        _add_weights(x, own, lanes)
+        _fill(a, whole, filled[0])
+        _add_weights(filled[0], 0, STRIDE, shared)
         for j in range(len(b)):
             if close[j]:
-                _copy(b[j, whole:], y)
-                _add_moments(x, y, own, room[j])
-    total = shared[STRIP + LANES :]
-    _halve(lanes, total)
+                _fill(b[j], whole, filled[1])
+                _add_moments(filled[0], filled[1:], 0, 0, STRIDE, shared, room[j : j + 1])
+    _halve(shared, STRIP, 1, STRIP + LANES)
     for j in range(len(b)):
         if close[j]:
             own = room[j]
-            own[OTHERS * LANES] = total[0] - (STRIDE - rest if rest else 0.0)
-            _halve(own[: OTHERS * LANES], own[OTHERS * LANES + 1 : OTHERS * LANES + MOMENTS])
+            own[OTHERS * LANES] = shared[STRIP + LANES] - (STRIDE - rest if rest else 0.0)
+            _halve(own, 0, OTHERS, OTHERS * LANES + 1)
 
 
 @kernel
@@ -427,19 +427,19 @@ def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float,
         Sum of squares of D.
     """
     room, shared, filled = np.empty((1, ROOM)), np.empty(SHARED), np.empty((2, STRIDE), a.dtype)
-    energies, close = np.zeros(1), np.empty(1, np.bool_)
-    donors = b.reshape(1, b.size)
+    energies, close, lanes = np.zeros(1), np.empty(1, np.bool_), np.empty((EXTREMES, LANES))
+    donors = b.reshape(b.size // width, 1, width)
     for row in range(a.size // width):
-        x, y = a[row * width : (row + 1) * width], donors[:, row * width : (row + 1) * width]
+        x, y = a[row * width : (row + 1) * width], donors[row]
         close[0] = measured_close(a.itemsize, width) and _reach(x) <= CLOSE_WEIGHT and _distance(x, y[0]) <= CLOSE_DELTA
-        _measure_row(x, y, close, reverse, forward, out[row : row + 1], energies, shared, filled, room)
+        _measure_row(x, y, close, reverse, forward, out[row : row + 1], energies, shared, filled, room, lanes)
     return float(energies[0])
 
 
 @kernel
 def _measure_row(
     a: Array, b: Array, close: Array, reverse: float, forward: float, out: Array, energies: Array, shared: Array,
-    filled: Array, room: Array,
+    filled: Array, room: Array, lanes: Array,
 ) -> None:  # fmt: skip
     """:data:`STATISTICS` of a row of all donors.
 
@@ -452,8 +452,8 @@ def _measure_row(
     out : float64 ndarray, shape (donors, 1 to 3)
     energies : float64 ndarray, shape (donors,)
         Added to: the sums of squares of D.
-    shared, filled, room : ndarray
-        Working memory; see :func:`_measure_moments`.
+    shared, filled, room, lanes : ndarray
+        Working memory; see :func:`_measure_moments` and :func:`measure_extremes`.
     """
     some = False
     for j in range(close.size):
@@ -466,9 +466,9 @@ def _measure_row(
         sums, found = rest[MOMENTS + EXTREMES : -STATISTICS], rest[-STATISTICS:]
         if close[j] and finish_close(moments, reverse, forward, found):
             energies[j] += moments[MOMENTS - 1]
-            _copy(found[: out.shape[1]], out[j])
+            for s in range(out.shape[1]):
+                out[j, s] = found[s]
             continue
-        lanes = room[j, : EXTREMES * LANES].reshape(EXTREMES, LANES)
         measure_extremes(a, b[j], lanes, extremes)
         energies[j] += extremes[5]
         if extremes[3] == extremes[4] and out.shape[1] == 1:
@@ -476,7 +476,8 @@ def _measure_row(
             continue
         measure_sums(a, b[j], extremes, a.size, lanes, sums)
         finish_row(extremes, sums, a.size, reverse, forward, found)
-        _copy(found[: out.shape[1]], out[j])
+        for s in range(out.shape[1]):
+            out[j, s] = found[s]
 
 
 @kernel
@@ -598,7 +599,7 @@ def measure_stored(
     """
     room, shared, filled = np.empty((len(donors), ROOM)), np.empty(SHARED), np.empty((2, STRIDE), np.float32)
     a, b = np.empty(width, np.float32), np.empty((len(donors), width), np.float32)
-    energies, close = np.empty(len(donors)), np.empty(len(donors), np.bool_)
+    energies, close, lanes = np.empty(len(donors)), np.empty(len(donors), np.bool_), np.empty((EXTREMES, LANES))
     may_be_close = measured_close(4, width)
     for start in range(0, base.size, block):
         stop, own = min(start + block, base.size), blocks[start // block]
@@ -614,7 +615,7 @@ def measure_stored(
                 close[j] = may_be_close and reach <= CLOSE_WEIGHT and distance <= CLOSE_DELTA
             place = (at - start) // width * columns
             found = own[:, place : place + columns]
-            _measure_row(a, b, close, reverse, forward, found, energies, shared, filled, room)
+            _measure_row(a, b, close, reverse, forward, found, energies, shared, filled, room, lanes)
         own[:, -1] = energies
     return True
 
