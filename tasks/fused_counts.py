@@ -17,8 +17,6 @@ Rows = tuple[Array, ...]
 
 TOP_BINS = 1 << 15
 
-FINE_BINS = 1 << 16
-
 STRIP = 2048
 """Elements taken at once."""
 
@@ -127,10 +125,10 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     lows : int64 ndarray, shape (models, windows)
         The bits of the smallest magnitude inside; negative for a window that is not wanted.
     shifts : int64 ndarray, shape (models, windows)
-        A counter stands for ``2**shift`` patterns, a window is 65536 counters wide.
-    counts : int64 ndarray, shape (models, windows, 65536 or 65537)
-        Added to: how many fall to each counter, plus :data:`ODD` if one of them is not the counter's first pattern;
-        in the last place, if there is one, how many lie below the window.
+        A counter stands for ``2**shift`` patterns.
+    counts : int64 ndarray, shape (models, windows, counters) or (models, windows, counters + 1)
+        Added to: how many fall to each of the counters, an even number of them, plus :data:`ODD` if one of them is not
+        the counter's first pattern; in the last place of an odd number of places, how many lie below the window.
 
     Returns
     -------
@@ -141,6 +139,7 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     words, full = marks.view(np.int64), np.empty(STRIP // 8, np.int32)
     keys, found = np.empty(STRIP, np.int32), np.empty(STRIP, np.int32)
     worst = np.int32(0)
+    counters = counts.shape[2] & ~1
     # One model after the other: processors foresee what a few streams will need next, not what many will.
     for k in range(len(rows)):
         if lows[k].max() < 0:
@@ -153,10 +152,10 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
             marks[stop - start :] = 0
             for r in range(lows.shape[1]):
                 if lows[k, r] >= 0:
-                    low, width = np.int32(lows[k, r]), np.int32(FINE_BINS << shifts[k, r])
+                    low, width = np.int32(lows[k, r]), np.int32(counters << shifts[k, r])
                     lower = _mark(keys[: stop - start], low, width, marks)
-                    if counts.shape[2] > FINE_BINS:
-                        counts[k, r, FINE_BINS] += lower
+                    if counts.shape[2] > counters:
+                        counts[k, r, counters] += lower
                     size = _gather(marks, words, full, found)
                     _count_found(keys, found[:size], low, shifts[k, r], counts[k, r])
     return bool(worst < 0x7F800000)

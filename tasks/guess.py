@@ -6,10 +6,9 @@ sample (:class:`Sample`) gives each wanted rank of each model a window that shou
 theirs, the thresholds are found, and they are the exact ones; else nothing is believed and the sure way follows. A
 wrong guess costs time, no bit. Windows know nothing of each other, so those of one model may overlap.
 
-A window wider than 65,536 patterns has several of them on one counter. Differences of bfloat16 numbers have few
-significant bits, so all but the first pattern of a counter stay empty there; a counter that has seen another one says
-so, and is not believed either. That is why a guess is made only where all inputs are stored as bfloat16
-(:attr:`mergepipe.tasks.method.Job.halves`).
+A window has several patterns on one counter. Differences of bfloat16 numbers have few significant bits, so all but the
+first pattern of a counter stay empty there; a counter that has seen another one says so, and is not believed either.
+That is why a guess is made only where all inputs are stored as bfloat16 (:attr:`mergepipe.tasks.method.Job.halves`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,12 @@ import numpy as np
 
 from mergepipe.tasks import fused_counts
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredSweep, Tile
-from mergepipe.tasks.select import FINE_BINS, TOP_BINS, After, count_top, magnitudes, order_keys
+from mergepipe.tasks.select import TOP_BINS, After, count_top, magnitudes, order_keys
+
+BITS = 14
+COUNTERS = 1 << BITS
+"""Counters of a window: few enough that those of three models stay in the second-level cache."""
+WIDTH = 1 << BITS // 2
 
 SMALLEST = 1 << 20
 """Elements from which on a guess is made: smaller tensors have too small a sample, and cost little."""
@@ -129,7 +133,7 @@ class Sample:
         if found is None or self.then is None:
             return {} if found is None else {_LOW: found[0], _SHIFT: found[1]}
         lows, shifts = found
-        ends = np.stack([lows, lows + (FINE_BINS << shifts) - 1], axis=2)
+        ends = np.stack([lows, lows + (COUNTERS << shifts) - 1], axis=2)
         values = np.where(lows[:, :, None] < 0, math.nan, magnitudes(np.clip(ends, 0, HIGHEST), job.work))
         more = _windows(accumulator.counts, self.then.around(job, values)[:, None], job.size)
         if more is None:
@@ -157,7 +161,7 @@ def _window(counts: Array, lowest: float, highest: float, size: int) -> tuple[in
     ends = np.cumsum(counts)
     first, last = (int(place) for place in np.searchsorted(ends, np.clip(around, 0, taken - 1), side="right"))
     shift = (last - first).bit_length()
-    return (first << 16, shift) if shift <= WIDEST else None
+    return (first << 16, shift + 16 - BITS) if shift <= WIDEST else None
 
 
 def _place(share: float, taken: int, side: int) -> float:
@@ -183,7 +187,7 @@ class Near:
     def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """For each model and rank the counters of its window, and one for what lies below."""
         models, ranks = self.ranks(job).shape
-        return (models, ranks + (self.then is not None), FINE_BINS + 1), None
+        return (models, ranks + (self.then is not None), COUNTERS + 1), None
 
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Count one tile."""
@@ -228,9 +232,9 @@ class Near:
 
 def _count(values: Array, low: int, shift: int, counts: Array) -> None:
     keys = (order_keys(values) & 0x7FFFFFFF).astype(np.int64) - low
-    counts[FINE_BINS] += int((keys < 0).sum())
-    inside = keys[(keys >= 0) & (keys < FINE_BINS << shift)]
-    counts[:FINE_BINS] += np.bincount(inside >> shift, minlength=FINE_BINS)
+    counts[COUNTERS] += int((keys < 0).sum())
+    inside = keys[(keys >= 0) & (keys < COUNTERS << shift)]
+    counts[:COUNTERS] += np.bincount(inside >> shift, minlength=COUNTERS)
     odd = np.unique(inside[inside & ((1 << shift) - 1) != 0] >> shift)
     counts[odd[counts[odd] < fused_counts.ODD]] += fused_counts.ODD
 
@@ -240,12 +244,16 @@ def _locate(counts: Array, rank: int) -> tuple[int, int, int] | None:
 
     None if the rank lies outside the window, or the elements of its counter are not all equal.
     """
-    inside = counts[:FINE_BINS] & (fused_counts.ODD - 1)
-    ends = np.cumsum(inside) + counts[FINE_BINS]
-    if not int(counts[FINE_BINS]) <= rank < int(ends[-1]):
+    below = int(counts[COUNTERS])
+    rows = counts[:COUNTERS].reshape(-1, WIDTH)  # one is looked at closely, of the others only the sums
+    ends = np.cumsum(rows.sum(axis=1) & (fused_counts.ODD - 1)) + below
+    if not below <= rank < int(ends[-1]):
         return None
-    place = int(np.searchsorted(ends, rank, side="right"))
-    if counts[place] >= fused_counts.ODD:
+    row = int(np.searchsorted(ends, rank, side="right"))
+    inside = rows[row] & (fused_counts.ODD - 1)
+    last = int(ends[row]) - int(inside.sum()) + np.cumsum(inside)
+    column = int(np.searchsorted(last, rank, side="right"))
+    if rows[row, column] >= fused_counts.ODD:
         return None
-    size = int(inside[place])
-    return place, rank - (int(ends[place]) - size), size
+    size = int(inside[column])
+    return row * WIDTH + column, rank - (int(last[column]) - size), size

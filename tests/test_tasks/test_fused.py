@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergepipe.tasks import convert, fused, fused_counts, fused_sums, kernels, select
+from mergepipe.tasks import convert, fused, fused_counts, fused_sums, guess, kernels, select
 from mergepipe.tasks.blocks import block_bounds
 from mergepipe.tasks.method import Accumulator, stored_sweep
 from support.bits import as_bits, deltas, drawn, settings_for
@@ -37,8 +37,11 @@ def test_counting(size: int, models: int, seed: int) -> None:
         assert not fine[k, 1 - k % 2].any()
 
 
-@given(SIZES, MODELS, st.integers(0, 1000), st.integers(0, 4), st.integers(0, 40))
-def test_windows(size: int, models: int, seed: int, shift: int, apart: int) -> None:
+COUNTERS = st.sampled_from([64, guess.COUNTERS, select.FINE_BINS])
+
+
+@given(SIZES, MODELS, st.integers(0, 1000), st.integers(0, 4), st.integers(0, 40), COUNTERS)
+def test_windows(size: int, models: int, seed: int, shift: int, apart: int, counters: int) -> None:
     """Two of each model, which may overlap or be one; some are not wanted."""
     base, rows = drawn(size, models, seed)
     keys = deltas(base, rows)[1].view(np.int32) & 0x7FFFFFFF
@@ -46,18 +49,18 @@ def test_windows(size: int, models: int, seed: int, shift: int, apart: int) -> N
     lows[:, 1] += apart << 16
     lows[np.random.default_rng(seed).random(lows.shape) < 0.2] = -1
     shifts = np.array([[shift, 4]] * models)
-    found = np.zeros((models, 2, select.FINE_BINS + 1), np.int64)
+    found = np.zeros((models, 2, counters + 1), np.int64)
     assert fused_counts.count_near(base, rows, lows, shifts, found)
     for k, r in np.ndindex(lows.shape):
         if lows[k, r] < 0:
             assert not found[k, r].any()
             continue
         places, within = keys[k].astype(np.int64) - lows[k, r], 1 << shifts[k, r]
-        inside = places[(places >= 0) & (places < select.FINE_BINS * within)]
+        inside = places[(places >= 0) & (places < counters * within)]
         assert found[k, r, -1] == (places < 0).sum()
         counts, odd = found[k, r, :-1] % fused_counts.ODD, found[k, r, :-1] // fused_counts.ODD
-        np.testing.assert_array_equal(counts, np.bincount(inside // within, minlength=select.FINE_BINS))
-        expected = np.bincount(inside // within, inside % within != 0, minlength=select.FINE_BINS) > 0
+        np.testing.assert_array_equal(counts, np.bincount(inside // within, minlength=counters))
+        expected = np.bincount(inside // within, inside % within != 0, minlength=counters) > 0
         np.testing.assert_array_equal(odd, expected)
 
 
@@ -246,7 +249,7 @@ def test_what_does_not_fit_is_not_done() -> None:
 
 def test_deltas_that_overflow_are_for_the_general_way() -> None:
     large = np.full(3000, 0x7F7F, np.uint16)  # the largest finite bfloat16
-    counts = np.zeros((1, 1, fused_counts.FINE_BINS + 1), np.int64)
+    counts = np.zeros((1, 1, guess.COUNTERS + 1), np.int64)
     low, shift = np.full((1, 1), 1000), np.zeros((1, 1), np.int64)
     assert fused_counts.count_near(large, (large,), low, shift, counts)
     assert not fused_counts.count_near(large, (large ^ 0x8000,), low, shift, counts)

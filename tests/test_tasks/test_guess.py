@@ -144,9 +144,9 @@ def test_a_counter_of_several_patterns_is_not_believed() -> None:
     sure, _ = run(replace(job, halves=False), [base, other], [])
     np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
     assert made[0] == "sample"
-    window = {"_near_low": np.array([[0x3F800000]]), "_near_shift": np.array([[4]])}
+    window = {"_near_low": np.array([[0x3F800000]]), "_near_shift": np.array([[6]])}
     near = guess.Near("s", lambda job: np.array([[SIZE // 3]]), lambda job, state: {"hit": np.ones(1)})
-    counts = np.zeros((1, 1, 65537), np.int64)
+    counts = np.zeros((1, 1, guess.COUNTERS + 1), np.int64)
     values = np.abs(deltas([base, other]))
     near.update(job, window, Accumulator(counts), Tile(0, 0, None, values, np.empty((0, 0))))
     assert counts[..., -1] <= SIZE // 3 < counts[..., -1] + (counts[..., :-1] % fused_counts.ODD).sum(), (
