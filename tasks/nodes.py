@@ -8,6 +8,7 @@ Arrays never travel between nodes: a node returns nothing, what it found is in t
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -89,7 +90,7 @@ class WorkerBuffers(threading.local):
         It begins `place` bytes into a page of memory.
         """
         dtype = np.dtype(dtype)
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         flat = self._flat.get(role)
         if flat is None or flat.nbytes < nbytes + 2 * PAGE:
             flat = self._flat[role] = np.empty(nbytes + 2 * PAGE, np.uint8)

@@ -58,8 +58,9 @@ def kept_count(density: float, n: int) -> int:
 
 
 def _wanted(job: Job) -> Array:
-    kept = np.array([kept_count(params["density"], job.size) for params in job.sparsify_params])
-    return np.select([kept == job.size, kept == 0], [KEEP_ALL, DROP_ALL], job.size - kept)
+    size = job.size
+    kept = [kept_count(params["density"], size) for params in job.sparsify_params]
+    return np.array([KEEP_ALL if count == size else DROP_ALL if count == 0 else size - count for count in kept])
 
 
 def _start(job: Job, state: State) -> State:
