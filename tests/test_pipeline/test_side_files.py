@@ -186,7 +186,7 @@ def test_a_large_file_is_copied_a_piece_at_a_time_and_has_its_room(job: Path) ->
 
 
 def test_the_manifest_has_the_peak_of_what_follows_the_weights(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, size = outputs.put_side_files, 1 << 30
+    real, size = outputs.put_side_files, 1 << 40  # more than the process of the tests ever has
 
     def hungry(*args: Any) -> None:
         monkeypatch.setattr(measure, "anonymous_bytes", lambda: size)
