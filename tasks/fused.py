@@ -184,7 +184,7 @@ def _agree(
                 thinned = value if factors is None else np.float32(factors[k]) * value
                 term = np.float32(weights[k]) * thinned
                 vote = vote + term if _kept(key, stays, least, most, k, half) else vote
-            # Nothing is negative that has the elected sign, and is taken from it.
+            # A term of the elected sign is positive once that sign is taken from it, and zero is not.
             elected = np.int32(np.float32(vote + zero).view(np.int32) & np.int32(SIGN))
             total, agreeing = zero, zero
             for k in range(len(rows)):
