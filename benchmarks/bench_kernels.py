@@ -40,12 +40,13 @@ def _xor(streams: tuple[Array, ...], out: Array) -> None:
 class Merge:
     """One bf16 tensor of a base and K models in memory, merged as a run does it."""
 
-    def __init__(self, method: str, streams: list[Array], density: float) -> None:
+    def __init__(self, method: str, streams: list[Array], density: float, weight: float = 0.5) -> None:
         self.method = METHODS[method]
         self.take(streams)
         models = len(streams) - 1
         shared = {p.name: p.default for p in self.method.parameters if not p.per_model}
-        own = {p.name: p.default for p in self.method.parameters if p.per_model} | {"weight": 0.5, "density": density}
+        own = {p.name: p.default for p in self.method.parameters if p.per_model}
+        own |= {"weight": weight, "density": density}
         trim = {p.name: p.default for p in SPARSIFIERS[self.method.trim].parameters} | {"density": density}
         self.job = Job(
             "w", streams[0].shape, models, np.dtype(np.float32), shared, (own,) * models, self.method.trim,
@@ -185,6 +186,11 @@ def report_roofed(report: Report, streams: list[Array], density: float, repeats:
         roof = roofs[len(merge.streams)]
         ours = report.add(f"{name}: kernel", nanoseconds(merge.apply, out.size, repeats), "ns")
         report.add(f"{name}: kernel / memory roof", ours / roof, "x")
+        if name == "ties":
+            other = Merge(name, streams, density, 0.3)
+            other.reduce()
+            times = nanoseconds(other.apply, out.size, repeats)
+            report.add(f"{name}: kernel, weights that are no power of two", times, "ns")
         report.add(f"{name}: tile by tile", nanoseconds(merge.apply_tiles, out.size, repeats), "ns")
         if name == "dare_ties":
             report.add(f"{name}: norms around the drop", nanoseconds(merge.reduce, out.size, repeats), "ns")

@@ -14,6 +14,7 @@ change of a kernel's own file only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,9 +32,11 @@ TOO_LARGE = 0x7F7F8000
 
 INFINITY = 0x7F800000
 
-SIGN = -0x80000000
 UPPER = -0x10000
 """The upper half of a word of 32 bits."""
+
+LEAST_FACTOR = 2.0**-16
+"""What no factor may be below in magnitude, with its weight and without: so much of a delta is never zero."""
 
 
 def agree(
@@ -65,9 +68,16 @@ def agree(
     Returns
     -------
     bool
-        False if a stored value or a delta is not finite, or a result does not fit; `out` is of no use then.
+        False if a stored value or a delta is not finite, a result does not fit, or a weight or factor is next to
+        nothing; `out` is of no use then.
     """
-    return _by_words(base, rows, marks, out, partial(_agree, weights, least, most, factors, normalize, scale))
+    share = _share(weights, factors, scale)
+    if share == 0.0:
+        return False
+    # Sums of terms of one weight are so many times theirs without it, and so are those of weights.
+    scale = scale if share is None or normalize else scale * share
+    given = (weights if share is None else None), least, most, factors, normalize, scale
+    return _by_words(base, rows, marks, out, partial(_agree, *given))
 
 
 def add(
@@ -83,7 +93,29 @@ def add(
     out: Array,
 ) -> bool:
     """As :func:`mergepipe.tasks.kernels.add_few`, from bits to bits; parameters and result as for :func:`agree`."""
-    return _by_words(base, rows, marks, out, partial(_add, weights, least, most, factors, divisor, scale))
+    share = _share(weights, factors, scale)
+    if share == 0.0:
+        return False
+    if share is not None and divisor == 1.0:
+        scale *= share
+    elif share is not None:
+        divisor /= share
+    given = (weights if share is None else None), least, most, factors, divisor, scale
+    return _by_words(base, rows, marks, out, partial(_add, *given))
+
+
+def _share(weights: Scalars, factors: Scalars | None, scale: float) -> float | None:
+    """The weight of all models, where the loops can do without: a power of two, which changes no digit of a term.
+
+    None where they can't, and 0 if there is a weight or factor with which a term may vanish.
+    """
+    pairs = zip(weights, factors or (1.0,) * len(weights), strict=True)
+    if any(0.0 < abs(number) < LEAST_FACTOR for weight, factor in pairs for number in (factor, weight * factor)):
+        return 0.0
+    share = weights[0]
+    plain = factors is None and weights.count(share) == len(weights) and math.frexp(share)[0] == 0.5 and share <= 1.0
+    # With a smaller scale, the product of the two might lose digits.
+    return share if plain and (scale == 0.0 or abs(scale) >= LEAST_FACTOR) else None
 
 
 def _by_words(
@@ -139,8 +171,9 @@ def _half(word: Any, half: int) -> Any:
 @inlined
 def _kept(key: Any, stays: Any, least: Any, most: Any, k: int, half: int) -> Any:
     """Whether a delta of model `k` whose magnitude has these bits is neither too small, too large nor dropped."""
-    # Strictly above what lies below: compilers turn the other comparison round, and need one step more.
-    kept = key > np.int32(np.float32(least[k]).view(np.int32) - 1)
+    # Strictly above what lies below: compilers turn the other comparison round, and need one step more. Zero, which
+    # adds nothing and agrees with nobody, is never kept.
+    kept = key > max(np.int32(np.float32(least[k]).view(np.int32) - 1), np.int32(0))
     if most is not None:
         kept = kept & (key <= np.float32(most[k]).view(np.int32))
     if stays is not None:
@@ -151,12 +184,18 @@ def _kept(key: Any, stays: Any, least: Any, most: Any, k: int, half: int) -> Any
 @inlined
 def _rounded(bits: Any) -> Any:
     """Bits of a float32 whose upper half is the nearest bfloat16."""
-    return np.int32(bits + 0x7FFF + ((bits >> 16) & 1))
+    return np.int32(bits + (np.int32(0x8000) if bits & 0x10000 else np.int32(0x7FFF)))
+
+
+@kernel
+def _bits(value: Any) -> Any:
+    """A name of its own for what has been assigned more than once: numba takes no view of that."""
+    return np.float32(value).view(np.int32)
 
 
 @kernel
 def _agree(
-    weights: Scalars,
+    weights: Scalars | None,
     least: Scalars,
     most: Scalars | None,
     factors: Scalars | None,
@@ -167,7 +206,11 @@ def _agree(
     marks: Array | None,
     out: Array,
 ) -> bool:
-    """:func:`agree` of words: `base`, `rows` and `out` int32, `marks` uint16, shape (n / 2,)."""
+    """:func:`agree` of words: `base`, `rows` and `out` int32, `marks` uint16, shape (n / 2,).
+
+    Without `weights`, all are 1. What is not finite, and not dropped, makes a result that is not: an infinity or NaN in
+    the vote has the sign of a term that is one, which then agrees.
+    """
     zero, one, factor = np.float32(0), np.float32(1), np.float32(scale)
     worst, over = np.int32(0), np.int32(0)
     for i in range(out.size):
@@ -180,21 +223,21 @@ def _agree(
             for k in range(len(rows)):
                 value = np.float32(_half(rows[k][i], half) - below)
                 key = np.int32(value.view(np.int32) & 0x7FFFFFFF)
-                peak = max(peak, key)
+                if (most is not None) | (marks is not None):
+                    peak = max(peak, key)
                 thinned = value if factors is None else np.float32(factors[k]) * value
-                term = np.float32(weights[k]) * thinned
+                term = thinned if weights is None else np.float32(weights[k]) * thinned
                 vote = vote + term if _kept(key, stays, least, most, k, half) else vote
-            # A term of the elected sign is positive once that sign is taken from it, and zero is not.
-            elected = np.int32(np.float32(vote + zero).view(np.int32) & np.int32(SIGN))
+            elected = _bits(vote)
             total, agreeing = zero, zero
             for k in range(len(rows)):
                 value = np.float32(_half(rows[k][i], half) - below)
                 key = np.int32(value.view(np.int32) & 0x7FFFFFFF)
                 thinned = value if factors is None else np.float32(factors[k]) * value
-                term = np.float32(np.float32(weights[k]) * thinned)
-                agrees = _kept(key, stays, least, most, k, half) & (np.int32(term.view(np.int32) ^ elected) > 0)
+                term = thinned if weights is None else np.float32(weights[k]) * thinned
+                agrees = _kept(key, stays, least, most, k, half) & (np.int32(_bits(term) ^ elected) >= 0)
                 total = total + term if agrees else total
-                agreeing = agreeing + np.float32(weights[k]) if agrees else agreeing
+                agreeing = agreeing + (one if weights is None else np.float32(weights[k])) if agrees else agreeing
             divisor = agreeing if (agreeing != zero) & normalize else one
             bits = np.float32(below + factor * (total / divisor)).view(np.int32)
             top = max(top, np.int32(bits & 0x7FFFFFFF))
@@ -207,7 +250,7 @@ def _agree(
 
 @kernel
 def _add(
-    weights: Scalars,
+    weights: Scalars | None,
     least: Scalars,
     most: Scalars | None,
     factors: Scalars | None,
@@ -231,9 +274,10 @@ def _add(
             for k in range(len(rows)):
                 value = np.float32(_half(rows[k][i], half) - below)
                 key = np.int32(value.view(np.int32) & 0x7FFFFFFF)
-                peak = max(peak, key)
+                if (most is not None) | (marks is not None):
+                    peak = max(peak, key)
                 thinned = value if factors is None else np.float32(factors[k]) * value
-                term = np.float32(weights[k]) * thinned
+                term = thinned if weights is None else np.float32(weights[k]) * thinned
                 total = total + term if _kept(key, stays, least, most, k, half) else total
             bits = np.float32(below + factor * (total / whole if divides else total)).view(np.int32)
             top = max(top, np.int32(bits & 0x7FFFFFFF))
@@ -259,5 +303,5 @@ def weigh(rows: Rows, weights: Scalars, divisor: float, out: Array) -> bool:
             total += np.float32(weights[k]) * np.int32(np.int32(rows[k][i]) << 16).view(np.float32)
         bits = np.float32(total / whole if divides else total).view(np.int32)
         over = max(over, np.int32(bits & 0x7FFFFFFF))
-        out[i] = np.uint16(np.int32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        out[i] = np.uint16(_rounded(bits) >> 16)
     return bool(over < TOO_LARGE)

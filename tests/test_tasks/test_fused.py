@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -114,6 +115,51 @@ def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool,
             np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5, fused.LEAST_FACTOR, 2.0, 0.3, -0.5])
+@pytest.mark.parametrize("normalize", [True, False])
+@given(SIZES, st.sampled_from([1, 3]), st.integers(0, 1000), st.sampled_from([1.0, -0.7, 0.0, 1e-30]), st.booleans())
+def test_models_of_one_weight(
+    weight: float, normalize: bool, size: int, models: int, seed: int, scale: float, everything: bool
+) -> None:
+    """Whether the loops multiply by it or not, down to the smallest of numbers; zero agrees with nobody."""
+    base, rows = drawn(size, models, seed)
+    small = np.random.default_rng(seed).integers(0, 4, (2, size)).astype(np.uint16)
+    base[::3], rows[0][::3] = small[0, ::3], small[1, ::3]  # multiples of 2 ** -133
+    weights, least = (weight,) * models, (0.0,) * models if everything else settings_for(models, seed)[1]
+    below, values = deltas(base, rows)
+    merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
+    ones = (1.0,) * models
+    kernels.agree_few(below, tuple(values), weights, least, ones, normalize, scale, merged)
+    convert.encode(merged, "BF16", expected)
+    assert fused.agree(base, rows, None, weights, least, None, None, normalize, scale, found)
+    np.testing.assert_array_equal(found, expected)
+    divisor = 1.3 if normalize else 1.0
+    kernels.add_few(below, tuple(values), weights, least, ones, divisor, scale, merged)
+    convert.encode(merged, "BF16", expected)
+    assert fused.add(base, rows, None, weights, least, None, None, divisor, scale, found)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_scale_that_would_lose_digits() -> None:
+    base, row, expected, out = as_bits([0.0]), as_bits([2e38]), np.empty(1, np.uint16), np.empty(1, np.uint16)
+    merged, weights, scale = np.empty(1, np.float32), (fused.LEAST_FACTOR,), 1.31e-38
+    below, values = deltas(base, (row,))
+    kernels.add_few(below, tuple(values), weights, (0.0,), (1.0,), 1.0, scale, merged)
+    convert.encode(merged, "BF16", expected)
+    assert fused.add(base, (row,), None, weights, (0.0,), None, None, 1.0, scale, out)
+    assert expected == out != as_bits([0.0])
+    assert fused.agree(base, (row,), None, weights, (0.0,), None, None, False, scale, out)
+    assert expected == out
+
+
+def test_terms_that_vanish_are_for_the_general_way() -> None:
+    """There they agree with nobody; the loops would count them."""
+    base, row, out = as_bits([0.0]), as_bits([1.0]), np.empty(1, np.uint16)
+    for weights, factors in (((1e-6,), None), ((1e3,), (-1e-6,)), ((0.003,), (0.003,))):
+        assert not fused.agree(base, (row,), None, weights, (0.0,), None, factors, True, 1.0, out)
+        assert not fused.add(base, (row,), None, weights, (0.0,), None, factors, 1.0, 1.0, out)
+
+
 @pytest.mark.parametrize("marked", [False, True])
 def test_loops_over_most_models_are_vectorised(marked: bool) -> None:
     """One that is not gives the same bits, 20 times slower."""
@@ -121,11 +167,11 @@ def test_loops_over_most_models_are_vectorised(marked: bool) -> None:
     ones = (1.0,) * models
     marks, most = (np.zeros(64, np.uint16), None) if marked else (None, ones)
     shared = words, (words,) * models, marks, words
-    for loop, how in ((fused._agree, True), (fused._add, 1.3)):
+    for loop, how, weights in ((fused._agree, True, ones), (fused._agree, True, None), (fused._add, 1.3, ones)):
         assert isinstance(loop, _Kernel)
         loop._made()  # sets the compiler up
         compiled = numba.njit(nogil=True, error_model="numpy")(loop._function)
-        compiled(ones, ones, most, ones, how, 1.0, *shared)
+        compiled(weights, ones, most, ones, how, 1.0, *shared)
         (code,) = compiled.inspect_llvm().values()
         assert re.search(r"fdiv <\d+ x float>", code)
 
@@ -245,13 +291,19 @@ def test_sweeps_count_stored_bits_as_they_count_tiles(sparsify: dict[str, Any], 
 def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> None:
     base, rows = drawn(3001, 2, 0)
     (base if model < 0 else rows[model])[place] = as_bits(bad)
+    if model == 1:
+        rows[0][place] = as_bits(-bad)  # the two cancel, or don't agree
     out = np.empty(3001, np.uint16)
     weights, zeros, ones = (0.0, 0.0), (0.0, 0.0), (1.0, 1.0)
     assert not fused_counts.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
     zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
     assert not fused_counts.count_near(base, rows, zero, zero, counts)
-    assert not fused.agree(base, rows, None, weights, zeros, None, ones, True, 1.0, out)
-    assert not fused.add(base, rows, None, weights, zeros, None, None, 1.0, 1.0, out)
+    least = (0.1, 0.1)
+    for each, marks in itertools.product((weights, ones, (0.3, -0.7)), (None, np.zeros(3001, np.uint8))):
+        assert not fused.agree(base, rows, marks, each, zeros, None, None, True, 1.0, out)
+        assert not fused.agree(base, rows, marks, each, least, ones, None, True, 1.0, out)
+        assert not fused.add(base, rows, marks, each, zeros, None, None, 1.0, 1.0, out)
+        assert not fused.add(base, rows, marks, each, least, ones, None, 1.0, 1.0, out)
     for divisor in (1.0, 2.0, np.inf):
         assert fused.weigh(rows, weights, divisor, out) == (model < 0)
 
@@ -264,6 +316,8 @@ def test_what_does_not_fit_is_not_done() -> None:
     assert not fused.agree(base, (large, large), None, ones, zeros, None, ones, False, 1.0, out)
     assert not fused.add(base, (large, large), None, ones, zeros, None, None, 1.0, 1.0, out)
     assert fused.weigh((large, large), (0.5, 0.5), 1.0, out)
+    assert not fused.agree(base, (large,), None, (2.0,), (0.0,), None, None, True, 1.0, out)
+    assert not fused.add(base, (large,), None, (2.0,), (0.0,), None, None, 2.0, 1.0, out)
 
 
 def test_deltas_that_overflow_are_for_the_general_way() -> None:
