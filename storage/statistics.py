@@ -3,10 +3,14 @@
 Small statistics (thresholds, densities) are kept in memory and written together; large ones (dot products of many
 models) go to disk at once, one compressed chunk per tensor. Rows of tensors that have no such statistic read as NaN, or
 as -1 for counts. The names of the tensors, in row order, are the attribute `tensors` of the group.
+
+zarr takes a sixth of a second to import, and a run that begins has no time to spare: the disk waits. So a new group is
+written without it, and it is imported with the first statistic, when the disk has enough to do; without one, never.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,6 +22,7 @@ import numpy.typing as npt
 
 from mergepipe.storage.atomic import no_room_errors
 from mergepipe.storage.ballast import Ballast
+from mergepipe.storage.hierarchy import GROUP_DOCUMENT
 
 ROW_BYTES_KEPT = 4096
 """Statistics with rows up to this size are gathered in memory; larger ones are written row by row."""
@@ -45,13 +50,9 @@ class StatisticsStore:
     """
 
     def __init__(self, path: Path, tensors: Sequence[str], *, resume: bool = False) -> None:
-        import zarr
-
-        attributes: dict[str, Any] = {"tensors": list(tensors)}
-        kept = _whole_group(path) if resume else None
-        if kept is None:  # said so, because asking whether it is empty lists it
-            kept = zarr.open_group(path, mode="w", zarr_format=3, attributes=attributes)
-        self._group = kept
+        self._group: Any = _whole_group(path) if resume else None
+        if self._group is None:
+            _begin_group(path, {"tensors": list(tensors)})
         self.ballast: Ballast | None = None
         self._path = path
         self._rows = len(tensors)
@@ -68,6 +69,7 @@ class StatisticsStore:
             for name, value in state.items():
                 if name.startswith("_"):
                     continue
+                self._open()
                 if value.nbytes > ROW_BYTES_KEPT:
                     if self.ballast is not None:
                         self.ballast.spend(value.nbytes)
@@ -85,6 +87,13 @@ class StatisticsStore:
             for name, rows in self._small.items():
                 self._array(name, rows[0], (min(self._rows, ROWS_PER_CHUNK), *rows.shape[1:]))[...] = rows
 
+    def _open(self) -> None:
+        """Open the group, unless it is."""
+        if self._group is None:
+            import zarr
+
+            self._group = zarr.open_group(self._path, mode="r+", zarr_format=3)
+
     def _array(self, name: str, value: npt.NDArray[Any], chunks: tuple[int, ...]) -> Any:
         if name not in self._arrays and name in self._group:
             self._arrays[name] = self._group[name]
@@ -99,6 +108,15 @@ class StatisticsStore:
                 config={"write_empty_chunks": True},
             )
         return self._arrays[name]
+
+
+def _begin_group(path: Path, attributes: dict[str, Any]) -> None:
+    """Write a group without arrays in place of what is at `path`."""
+    with no_room_errors(path):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        text = json.dumps({**GROUP_DOCUMENT, "attributes": attributes}, indent=2)
+        (path / "zarr.json").write_text(text, encoding="utf-8")
 
 
 def _whole_group(path: Path) -> Any:
