@@ -42,6 +42,9 @@ PAGE = 4096
 SLACK_BYTES = 2 * PAGE
 """How much more than its length a window may take of the arena."""
 
+TOUCHED_AT_ONCE = 4 << 20
+"""Fresh memory asked for at once, at the least: numpy lets other threads run only while it writes many pages."""
+
 IO_THREADS = 4
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
 
@@ -107,6 +110,8 @@ class Arena:
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: U8 = np.frombuffer(self._memory, np.uint8, self.size)
         self._holes = [(0, self.size)]
+        self._touched = 0
+        self._touching = threading.Lock()
 
     @property
     def free(self) -> int:
@@ -132,6 +137,20 @@ class Arena:
             start = self._holes.pop(at - 1)[0]
             at -= 1
         self._holes.insert(at, (start, stop - start))
+
+    def touch(self, stop: int) -> None:
+        """See that the memory up to offset `stop` is there, by one thread at a time.
+
+        Fresh pages are a matter of seconds per gigabyte where the machine is a virtual one. If every read had the
+        kernel find some, they would take all processors away from whatever else there is to do at the beginning.
+        """
+        if self._touched >= stop:
+            return
+        with self._touching:
+            if self._touched < stop:
+                stop = min(self.size, max(stop, self._touched + TOUCHED_AT_ONCE))
+                self.bytes[self._touched : stop : PAGE] = 0
+                self._touched = stop
 
     def close(self) -> None:
         """Give the memory back, as soon as no window looks at it."""
@@ -347,6 +366,7 @@ class DirectReader:
     def _load(self, piece: _Piece) -> U8:
         memory = self._arena.bytes[piece.start : piece.start + piece.reserved]
         try:
+            self._arena.touch(piece.start + piece.reserved)
             single = _single(piece.key)
             whole = single is None or self._files.is_checked(single.path)
             window = self._gather(piece.key, memory) if single is None or whole else self._read_direct(single, memory)

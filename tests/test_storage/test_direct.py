@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mergepipe.errors import CheckpointError, CheckpointNotFoundError, ShortReadError
 from mergepipe.storage import direct
-from mergepipe.storage.direct import PAGE, SLACK_BYTES, Arena, DirectReader, supports_direct
+from mergepipe.storage.direct import PAGE, SLACK_BYTES, TOUCHED_AT_ONCE, Arena, DirectReader, supports_direct
 from mergepipe.storage.manifest import Segment
 from mergepipe.storage.readers import Reader
 
@@ -215,3 +215,13 @@ def test_the_arena_hands_out_disjoint_pieces_and_heals(sizes: list[int]) -> None
     for piece in held:
         arena.give(*piece)
     assert arena.take(arena.size) == 0
+
+
+def test_touching_fresh_memory_leaves_what_is_there() -> None:
+    arena = Arena(3 * TOUCHED_AT_ONCE)
+    arena.touch(PAGE)
+    arena.bytes[:TOUCHED_AT_ONCE] = 7
+    for stop in (PAGE, TOUCHED_AT_ONCE + PAGE, arena.size):
+        arena.touch(stop)
+    assert (arena.bytes[:TOUCHED_AT_ONCE] == 7).all()
+    assert not arena.bytes[TOUCHED_AT_ONCE:].any()
