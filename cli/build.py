@@ -55,8 +55,9 @@ def command(
       mergepipe build recipe.yaml --memory 2GiB --set parameters.lambda=0.7
     """
     from mergepipe.pipeline.machine import one_blas_thread
+    from mergepipe.storage.collector import imports_that_stay
 
-    with one_blas_thread():
+    with one_blas_thread(), imports_that_stay():
         from mergepipe.cli.plan import print_summary
         from mergepipe.cli.progress import progress
         from mergepipe.pipeline.build import build

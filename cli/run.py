@@ -102,8 +102,9 @@ def command(
       mergepipe run --add ./another-expert
     """
     from mergepipe.pipeline.machine import one_blas_thread
+    from mergepipe.storage.collector import imports_that_stay
 
-    with one_blas_thread():
+    with one_blas_thread(), imports_that_stay():
         from mergepipe.cli.progress import progress
         from mergepipe.pipeline.run import run
 

@@ -121,6 +121,19 @@ def test_build_and_run_load_what_they_need(tmp_path: Path) -> None:
     assert loaded == {"build": "['numpy', 'pydantic']", "run": "['dask', 'numba', 'numpy', 'pydantic', 'zarr']"}
 
 
+def test_the_collector_looks_at_no_imports(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    code = (
+        "import gc, sys; from mergepipe.cli.main import main; code = main(sys.argv[1:]); "
+        "print(gc.isenabled(), gc.get_freeze_count() > 10_000, file=sys.stderr); sys.exit(code)"
+    )
+    for command_line in (("build", "recipe.yaml"), ("run", "--quiet")):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *command_line], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        assert result.stderr.splitlines()[-1] == "True True"
+
+
 @pytest.mark.parametrize("name", ["build", "run"])
 def test_numpy_begins_no_threads(tmp_path: Path, name: str) -> None:
     """Those of its BLAS spin until they have work; what a process starts is to have its BLAS as ever."""
