@@ -120,13 +120,25 @@ def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
     a, b = (np.empty(2**16, np.float32) for _ in range(2))
     for bits, values in zip(streams, (a, b), strict=False):
         convert.decode(bits[: a.size], "BF16", values)
-    for what, weight in (("row divergence", 0.5), ("row divergence, a weight beyond 1", 1.5)):
+    kinds = (("", 0.5, 0.0), (", a weight beyond 1", 1.5, 0.0), (", near", 0.5, 0.5), (", far", 0.5, 5.0))
+    for what, weight, apart in kinds:
         for width in (64, 1024, 4096, 2**16):
-            a[::width], b[::width] = weight, weight
+            a[::width], b[::width] = weight, weight + apart
             out = np.empty((a.size // width, 1))
             measure = partial(rows.measure_rows, a, b, width, 1.0, 0.0, out)
             times = nanoseconds(lambda measure=measure: [measure() for _ in range(16)], 16 * a.size, repeats)  # type: ignore[misc]
-            report.add(f"{what}, rows of {width}", times, "ns")
+            report.add(f"row divergence{what}, rows of {width}", times, "ns")
+    for what, weight, apart in kinds:
+        stored = [bits[: a.size].copy() for bits in streams]
+        for number, bits in enumerate(stored):
+            values = np.full(a.size // 4096, weight + (apart if number else 0.0), np.float32)
+            convert.encode(values, "BF16", bits[::4096])
+        donors = tuple(stored[1:])
+        found = np.empty((1, len(donors), a.size // 4096 + 1))
+        measure = partial(rows.measure_stored, stored[0], donors, 4096, a.size, 1.0, 0.0, 1, found)
+        elements = 16 * a.size * len(donors)
+        times = nanoseconds(lambda measure=measure: [measure() for _ in range(16)], elements, repeats)  # type: ignore[misc]
+        report.add(f"row divergence{what}, stored rows of 4096, {len(donors)} donors", times, "ns")
 
 
 def report_merge(report: Report, fusion: Fusion, memcpy: float, repeats: int) -> None:

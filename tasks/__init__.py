@@ -12,7 +12,8 @@ output; :mod:`mergepipe.tasks.method` says what that means, :mod:`mergepipe.task
 * :mod:`~mergepipe.tasks.task_vectors`: the methods that add task vectors up, all one implementation.
 * :mod:`~mergepipe.tasks.fusion`, :mod:`~mergepipe.tasks.scores`, :mod:`~mergepipe.tasks.rows`: elements taken from
   donors by score (`scf_rkl`, `arcee_fusion`), and the divergence of rows that the scores are made of;
-  :mod:`~mergepipe.tasks.rows_torch`: the same rows on a GPU, to the same bits.
+  :mod:`~mergepipe.tasks.points`: what each element contributes to it; :mod:`~mergepipe.tasks.exponentials`: what both
+  are made of; :mod:`~mergepipe.tasks.rows_torch`: the same on a GPU, to the same bits.
 * :mod:`~mergepipe.tasks.change`: how far an output has moved from its base.
 * :mod:`~mergepipe.tasks.kernels`: the loops.
 * :mod:`~mergepipe.tasks.nodes`, :mod:`~mergepipe.tasks.matrix_nodes`: what a node of the graph does, by tiles or with a

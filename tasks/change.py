@@ -55,7 +55,7 @@ def entropy_terms(a: Array, b: Array, width: int, found: Array, out: Array) -> N
             level = np.float64(x[i]) - normaliser
             r = np.float64(y[i] - x[i]) - moved
             p = math.exp(level)
-            grown = p * math.expm1(r) if abs(r) <= rows.FAR else math.exp(level + r) - p
+            grown = p * math.expm1(r) if abs(r) <= rows.NEAR_DELTA else math.exp(level + r) - p
             total += grown * level
     out[0], out[1] = total, squares
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergepipe.tasks import kernels, rows, scores
+from mergepipe.tasks import kernels, points, rows, scores
 from mergepipe.tasks.blocks import Blocks, block_bounds
 from mergepipe.tasks.method import Array, Job, State, StoredKernel, Tile
 
@@ -130,7 +130,7 @@ def score_rows(settings: Settings, primary: Array, donor: Array, width: int, fou
     if settings.by_row:
         scores.score_delta(primary, donor, width, found, settings.always, out)
     else:
-        rows.score_points(primary, donor, width, found, *settings.directions, settings.always, out)
+        points.score_points(primary, donor, width, found, *settings.directions, settings.always, out)
 
 
 def score(stage: Stage, job: Job, state: State, tile: Tile, primary: Array, donor: int) -> Array:

@@ -185,7 +185,7 @@ class Divergences:
 
 @dataclass(frozen=True, slots=True)
 class Extremes:
-    """``_extremes_*``, float64, shape (donors, rows, 6), of rows wider than a block."""
+    """``_extremes_*``, float64, shape (donors, rows, 7), of rows wider than a block."""
 
     stage: Stage
 
@@ -199,20 +199,19 @@ class Extremes:
         return job.size > 0 and self.stage.rows not in state and f"_extremes_{self.stage.first}" not in state
 
     def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """Six numbers per block and donor."""
+        """Seven numbers per block and donor."""
         return None, (len(self.stage.donors), rows.EXTREMES)
 
     def leaves(self, job: Job) -> int:
-        """Six numbers per row and donor."""
+        """Seven numbers per row and donor."""
         return _row_values(self.stage, job, rows.EXTREMES)
 
     def update(self, job: Job, state: State, accumulator: Accumulator, tile: Tile) -> None:
         """Measure one piece."""
         assert accumulator.blocks is not None
         primary = primary_of(self.stage, job, state, tile)
-        lanes = np.empty((rows.EXTREMES, kernels.LANES))
         for j, donor in enumerate(self.stage.donors):
-            rows.measure_extremes(primary, tile.values[donor], lanes, accumulator.blocks[tile.index, j])
+            rows.measure_extremes(primary, tile.values[donor], accumulator.blocks[tile.index, j])
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``_extremes_*``."""
@@ -239,7 +238,7 @@ class Sums:
         return job.size > 0 and self.stage.rows not in state
 
     def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """Four numbers per block and donor."""
+        """Six numbers per block and donor."""
         return None, (len(self.stage.donors), rows.SUMS)
 
     def leaves(self, job: Job) -> int:
@@ -251,10 +250,9 @@ class Sums:
         assert accumulator.blocks is not None
         primary, extremes = primary_of(self.stage, job, state, tile), state[f"_extremes_{self.stage.first}"]
         row, width = tile.start // rows.row_width(job), rows.row_width(job)
-        lanes = np.empty((rows.EXTREMES, kernels.LANES))
         for j, donor in enumerate(self.stage.donors):
             out = accumulator.blocks[tile.index, j]
-            rows.measure_sums(primary, tile.values[donor], extremes[j, row], width, lanes, out)
+            rows.measure_sums(primary, tile.values[donor], extremes[j, row], width, out)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``_rows_*`` and ``_energy_*``."""

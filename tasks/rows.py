@@ -1,27 +1,32 @@
-"""Row statistics: how far a donor's rows diverge from the primary's, and what each element contributes.
+"""Row statistics: how far a donor's rows diverge from the primary's.
 
-A row runs along the last axis. With ``D = B - A`` in the working type, ``p = softmax(A)``, ``q = softmax(B)`` and the
-mean c of D over the row, ``E = D - c`` and ``z = sum(p * expm1(E))``:
+A row runs along the last axis. With ``D = B - A`` in the working type, ``p = softmax(A)``, ``q = softmax(B)``, where B
+stands for A + D, any number c, ``E = D - c`` and ``z = sum(p * expm1(E))``:
 
     reverse KL(q || p) = sum(p * exp(E) * E) / (1 + z) - log1p(z)
     forward KL(p || q) = log1p(z) - sum(p * E)
 
-all in float64, where B stands for A + D; the differences that a fine-tune makes are so small that the textbook formula
-in float32 is noise. Where an element is further than 1 from the mean, 1 + z may vanish, and the logarithms of both
-normalisers are taken instead, which then loses nothing.
+all in float64; the differences that a fine-tune makes are so small that the textbook formula in float32 is noise. A
+divergence does not depend on c, nor on a factor of all the weights ``exp(A)`` that p is made of; and weights that are a
+little off, the same ones in all sums, are those of another p that is as little off. So all donors of a row share its
+weights, which are a short polynomial raised to a high power. By their largest difference rows are of four kinds:
 
-Most rows of a fine-tune are *close*: no A beyond 1, no D beyond 1/32, and a mean of D that is small against its spread.
-A divergence does not depend on c, which then is as well taken as 0, and both are series in the moments of D under p,
-``m_k = sum(p * D**k)``: they converge so quickly that seven leave less than 1e-12 of the divergence, they take no
-exponential of D, that of A is a short polynomial, and nothing of order D is left to cancel. A row is read once:
+*Close*, no D beyond 1/32, as most rows of a fine-tune are. With c = 0 both divergences are series in the moments of D
+under p, ``m_k = sum(p * D**k)``: seven leave less than 1e-12 of the divergence, they take no exponential of D, and
+nothing of order D is left to cancel:
 
     z = sum(m_k / k!),    reverse = sum((k - 1) * m_k / k!) / (1 + z) + z / (1 + z) - log1p(z)
                           forward = sum(m_k / k!) from k = 2, + log1p(z) - z
 
-Any other row is worked on in two steps, extremes first and then sums, each of which is a few numbers that can be
-folded over *pieces* of the row. A row that fits a block is one piece; a wider one, which is never taken for close, is
-cut as :func:`~mergepipe.tasks.blocks.block_bounds` cuts it, whatever the chunks are. The exponentials are our own, of
-additions and multiplications alone: they vectorise, and their bits are the same on every machine.
+*Near*, none beyond 1: the formulas above. *Far*, none beyond 256: 1 + z may vanish, and the logarithm of
+``sum(p * exp(E))`` is taken instead. *Distant*, whatever there is: A + D and A have normalisers of their own, each less
+its largest element.
+
+Rows are read once with c = 0. What all elements have moved by cancels, though: where the squared mean of D is most of
+its mean square, and where a row is distant or has an A beyond 64, its *extremes* are measured first and then its
+sums, with the mean of D for c. Both are a few numbers that can be folded over *pieces* of the row. A row that fits a
+block is one piece; a wider one, which is always measured in two steps, is cut as
+:func:`~mergepipe.tasks.blocks.block_bounds` cuts it, whatever the chunks are.
 """
 
 from __future__ import annotations
@@ -32,99 +37,54 @@ from typing import Any
 import numpy as np
 
 from mergepipe.tasks.blocks import BLOCK_ELEMENTS
-from mergepipe.tasks.jit import inlined, kernel
+from mergepipe.tasks.exponentials import LIMIT, ROOT, exp, four, less, plus, small_expm1, step, times, total
+from mergepipe.tasks.jit import inlined_late, kernel
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array, Job
 
-EXTREMES = 6
-"""Of a piece: largest A, largest A + D, sum of D, smallest D, largest D, sum of squares of D."""
+EXTREMES = 7
+"""Of a piece: largest A, largest B, sum of D, smallest D, largest D, largest magnitude of A, sum of squares of D."""
 
-SUMS = 4
-"""Of a piece, with weights ``e = exp(A - largest A)``: sums of e, e * expm1(E), e * exp(E) * E and e * E.
+SUMS = 6
+"""Of a piece, with weights w and E: sums of w, w * E, w * expm1(E), w * expm1(E) * E, E and E**2.
 
-Of a piece of a far row, with ``f = exp(A + D - largest A + D)`` beside: sums of e, f, f * D and e * D.
+Of a far one exp(E) stands for expm1(E). Of a distant one the sums are of w, w * D, f, f * D, D and D**2, with
+``f = exp(A + D - largest B)``.
 """
 
-MOMENTS = 10
-"""Of a close row: sums of w * D**k for k from 0 to 7, with ``w = exp(A)``, and of D and D**2."""
+MOMENTS = 9
+"""Of a close row: sums of w * D**k for k from 0 to 7, and of D**2."""
 
 STATISTICS = 3
 """Of a row: its divergence, log(sum(exp(A))), and what log(q / p) is short of D."""
 
-OTHERS = MOMENTS - 1
-"""Moments that are a donor's own: the sum of w is the same for all."""
+ROOM = MOMENTS * LANES + MOMENTS + STATISTICS
+"""float64 numbers of working memory that the rows of a donor are measured with: lanes, what they add up to, and what
+is found."""
 
-ROOM = OTHERS * LANES + MOMENTS + EXTREMES + SUMS + STATISTICS
-"""float64 numbers of working memory that the rows of a donor are measured with."""
+CLOSE, NEAR, FAR, DISTANT = range(4)
 
-FAR = 1.0
-"""Distance of an element of D from the mean above which a row is taken to be far."""
+LEFT = -1
+"""In the place of a kind: not measured with the others."""
+
+CLOSE_DELTA, NEAR_DELTA, LARGEST = 1 / 32, 1.0, 256.0
+"""Largest magnitudes of D in close, near and far rows, or of E where extremes are known."""
+
+HEAVIEST = 64.0
+"""Largest magnitude of A up to which weights are powers of a polynomial's: within 2e-12 there, within 2e-14 up to 1."""
 
 STRIDE = 4 * LANES
-"""Elements that moments are taken of at once. A close row is filled up with zeros to a multiple of it, whose weights of
-exactly 1 are taken off again; where it is shorter than :data:`LANES`, that is not worth while, and it is none."""
+"""Elements that are added up at once. What is left of a row is filled up to a multiple of :data:`LANES` with zeros
+of no weight, and the lanes are a quarter as many."""
 
 STRIP = 4 * STRIDE
 """Elements whose weights, which all donors share, are kept at a time: few enough for a first-level cache."""
 
-SHARED = STRIP + LANES + 1
-"""float64 numbers of working memory for all donors of a row together."""
-
-CLOSE_WEIGHT, CLOSE_DELTA = 1.0, 1 / 32
-"""Largest magnitudes of A and D in a close row."""
-
 SHIFTED = 0.75
-"""Share of the mean square of D that its squared mean may be in a close row: it is what cancels."""
+"""Share of the mean square of D that its squared mean may be where c is 0: it is what cancels."""
 
 CLOSE_TERMS = 9
 """Terms of the series in z of a close row, whose z is below 0.032."""
-
-SERIES = 0.3
-"""Log ratio, in magnitude, up to which a pointwise divergence is a series: the closed form cancels there."""
-
-SERIES_TERMS = 12
-
-_LOG2E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693147180369123816490, 1.90821492927058770002e-10
-_ROUND = 6755399441055744.0
-_LIMIT = 700.0
-
-# exp(x / 16) for x from -1 to 1, within 2e-14: its sixteenth power is that of x, and exactly 1 for 0.
-_ROOT = (1.0, 0.06250000000008085, 0.0019531250000006314, 4.069010351985786e-05, 6.35782872551062e-07,
-         7.94857956135269e-09, 8.27943348996717e-11)  # fmt: skip
-
-
-@inlined
-def _expm1(x: Any) -> Any:
-    """exp(x) - 1, within a few units of the last place; for magnitudes above 700 that of 700."""
-    x = min(max(x, -_LIMIT), _LIMIT)
-    shifted = x * _LOG2E + _ROUND
-    whole = shifted - _ROUND
-    r = (x - whole * _LN2_HIGH) - whole * _LN2_LOW
-    tail = 1 / 479001600.0 + r * (1 / 6227020800.0)
-    tail = 1 / 3628800.0 + r * (1 / 39916800.0 + r * tail)
-    tail = 1 / 40320.0 + r * (1 / 362880.0 + r * tail)
-    tail = 1 / 720.0 + r * (1 / 5040.0 + r * tail)
-    tail = 1 / 24.0 + r * (1 / 120.0 + r * tail)
-    tail = r + r * r * (0.5 + r * (1 / 6.0 + r * tail))
-    power = np.int64((np.float64(shifted).view(np.int64) + 1023) << 52).view(np.float64)
-    return power * tail + (power - 1.0)
-
-
-@inlined
-def _step(t: Any, x: Any, c: Any) -> Any:
-    """A step of a polynomial at four places: side by side, none waits for itself."""
-    return c + t[0] * x[0], c + t[1] * x[1], c + t[2] * x[2], c + t[3] * x[3]
-
-
-@inlined
-def _times(t: Any, x: Any) -> Any:
-    return t[0] * x[0], t[1] * x[1], t[2] * x[2], t[3] * x[3]
-
-
-@inlined
-def _sum(t: Any) -> Any:
-    return (t[0] + t[1]) + (t[2] + t[3])
 
 
 @kernel
@@ -148,53 +108,175 @@ def _distance(a: Array, b: Array) -> float:
 
 
 @kernel
-def _add_weights(a: Array, begin: int, end: int, shared: Array) -> None:
-    """``exp(a)`` of the elements from `begin` to `end`, whole strides; their lanes come behind them."""
-    lanes = shared[STRIP : STRIP + LANES]
-    for start in range(begin, end, STRIDE):
-        x, own = a[start : start + STRIDE], shared[start - begin : start - begin + STRIDE]
-        for i in range(LANES):
-            # What has no sign can't count from the end: that test would keep the loop from vectorising.
-            j, k, m, n = np.uintp(i), np.uintp(i + LANES), np.uintp(i + 2 * LANES), np.uintp(i + 3 * LANES)
-            place = np.float64(x[j]), np.float64(x[k]), np.float64(x[m]), np.float64(x[n])
-            root = _step((_ROOT[6], _ROOT[6], _ROOT[6], _ROOT[6]), place, _ROOT[5])
-            root = _step(root, place, _ROOT[4])
-            root = _step(root, place, _ROOT[3])
-            root = _step(root, place, _ROOT[2])
-            root = _step(root, place, _ROOT[1])
-            root = _step(root, place, _ROOT[0])
-            root = _times(root, root)
-            root = _times(root, root)
-            root = _times(root, root)
-            weight = _times(root, root)
-            own[j], own[k], own[m], own[n] = weight[0], weight[1], weight[2], weight[3]
-            lanes[j] += _sum(weight)
+def kind_of(reach: float, distance: float) -> int:
+    """What a row is measured as, given its largest magnitudes of A and D; NaN is beyond everything."""
+    if not (reach <= HEAVIEST and distance <= LARGEST):
+        return DISTANT
+    return CLOSE if distance <= CLOSE_DELTA else NEAR if distance <= NEAR_DELTA else FAR
+
+
+@inlined_late
+def _at(x: Any, i: Any, quarter: int) -> Any:
+    """Elements, a quarter of a stride apart, in float64. What has no sign can't count from the end: no test is made."""
+    j, k, m, n = np.uintp(i), np.uintp(i + quarter), np.uintp(i + 2 * quarter), np.uintp(i + 3 * quarter)
+    return np.float64(x[j]), np.float64(x[k]), np.float64(x[m]), np.float64(x[n])
+
+
+@inlined_late
+def _apart(x: Any, y: Any, i: Any, quarter: int) -> Any:
+    """Their differences, taken in the working type."""
+    j, k, m, n = np.uintp(i), np.uintp(i + quarter), np.uintp(i + 2 * quarter), np.uintp(i + 3 * quarter)
+    return np.float64(y[j] - x[j]), np.float64(y[k] - x[k]), np.float64(y[m] - x[m]), np.float64(y[n] - x[n])
 
 
 @kernel
-def _add_moments(a: Array, b: Array, donor: int, begin: int, end: int, shared: Array, room: Array) -> None:
-    """Add the other :data:`MOMENTS` of a donor's elements from `begin` to `end`, whole strides, to its lanes."""
-    lanes = room[donor]
-    for start in range(begin, end, STRIDE):
-        x, y = a[start : start + STRIDE], b[donor, start : start + STRIDE]
-        own = shared[start - begin : start - begin + STRIDE]
-        for i in range(LANES):
-            j, k, m, n = np.uintp(i), np.uintp(i + LANES), np.uintp(i + 2 * LANES), np.uintp(i + 3 * LANES)
-            weight = own[j], own[k], own[m], own[n]
-            d = np.float64(y[j] - x[j]), np.float64(y[k] - x[k]), np.float64(y[m] - x[m]), np.float64(y[n] - x[n])
-            square = _times(d, d)
-            fourth = _times(square, square)
-            first, second = _times(weight, d), _times(weight, square)
-            third = _times(first, square)
-            lanes[j] += _sum(first)
-            lanes[k] += _sum(second)
-            lanes[m] += _sum(third)
-            lanes[n] += _sum(_times(weight, fourth))
-            lanes[np.uintp(i + 4 * LANES)] += _sum(_times(first, fourth))
-            lanes[np.uintp(i + 5 * LANES)] += _sum(_times(second, fourth))
-            lanes[np.uintp(i + 6 * LANES)] += _sum(_times(third, fourth))
-            lanes[np.uintp(i + 7 * LANES)] += _sum(d)
-            lanes[np.uintp(i + 8 * LANES)] += _sum(square)
+def _weigh(a: Array, begin: int, end: int, quarter: int, reach: float, level: float, shared: Array) -> None:
+    """Weights of the elements from `begin` to `end`, whole strides of four times `quarter`.
+
+    They are ``exp(a)`` where no magnitude of the row is beyond 64, else ``exp(a - level)``.
+    """
+    if reach > HEAVIEST:
+        for i in range(end - begin):
+            place = max(np.float64(a[np.uintp(begin + i)]) - level, -LIMIT)
+            shared[np.uintp(i)] = exp((place, place, place, place))[0]
+        return
+    scale, rounds = 1.0, 0
+    while reach * scale > 1.0:
+        scale, rounds = scale * 0.25, rounds + 1
+    # Powers of two: these are the bits that the polynomial has for scaled elements.
+    square = scale * scale
+    first, second, third = ROOT[1] * scale, ROOT[2] * square, ROOT[3] * (square * scale)
+    fourth, fifth, sixth = (
+        ROOT[4] * (square * square), ROOT[5] * (square * square * scale), ROOT[6] * (square * square * square),
+    )  # fmt: skip
+    for start in range(begin, end, 4 * quarter):
+        x, own = a[start : start + 4 * quarter], shared[start - begin : start - begin + 4 * quarter]
+        for i in range(quarter):
+            place = _at(x, i, quarter)
+            root = step(four(sixth), place, fifth)
+            root = step(root, place, fourth)
+            root = step(root, place, third)
+            root = step(root, place, second)
+            root = step(root, place, first)
+            root = step(root, place, ROOT[0])
+            root = times(root, root)
+            root = times(root, root)
+            root = times(root, root)
+            root = times(root, root)
+            j, k, m, n = np.uintp(i), np.uintp(i + quarter), np.uintp(i + 2 * quarter), np.uintp(i + 3 * quarter)
+            own[j], own[k], own[m], own[n] = root[0], root[1], root[2], root[3]
+    for _ in range(rounds):
+        for i in range(end - begin):
+            raised = shared[np.uintp(i)] * shared[np.uintp(i)]
+            shared[np.uintp(i)] = raised * raised
+
+
+@inlined_late
+def _add_moments(a: Array, b: Array, begin: int, end: int, quarter: int, shared: Array, lanes: Array) -> None:
+    """Add the :data:`MOMENTS` of a donor's elements from `begin` to `end`, whole strides, to its lanes."""
+    for start in range(begin, end, 4 * quarter):
+        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
+        own = shared[start - begin : start - begin + 4 * quarter]
+        for i in range(quarter):
+            weight, d = _at(own, i, quarter), _apart(x, y, i, quarter)
+            square = times(d, d)
+            fourth = times(square, square)
+            first, second = times(weight, d), times(weight, square)
+            third = times(first, square)
+            lanes[np.uintp(i)] += total(weight)
+            lanes[np.uintp(i + LANES)] += total(first)
+            lanes[np.uintp(i + 2 * LANES)] += total(second)
+            lanes[np.uintp(i + 3 * LANES)] += total(third)
+            lanes[np.uintp(i + 4 * LANES)] += total(times(weight, fourth))
+            lanes[np.uintp(i + 5 * LANES)] += total(times(first, fourth))
+            lanes[np.uintp(i + 6 * LANES)] += total(times(second, fourth))
+            lanes[np.uintp(i + 7 * LANES)] += total(times(third, fourth))
+            lanes[np.uintp(i + 8 * LANES)] += total(square)
+
+
+@inlined_late
+def _put(lanes: Any, i: Any, weight: Any, e: Any, moved: Any) -> None:
+    """Add :data:`SUMS` of four elements to lane `i` of each; `moved` is the third."""
+    lanes[np.uintp(i)] += total(weight)
+    lanes[np.uintp(i + LANES)] += total(times(weight, e))
+    lanes[np.uintp(i + 2 * LANES)] += total(moved)
+    lanes[np.uintp(i + 3 * LANES)] += total(times(moved, e))
+    lanes[np.uintp(i + 4 * LANES)] += total(e)
+    lanes[np.uintp(i + 5 * LANES)] += total(times(e, e))
+
+
+@inlined_late
+def _add_near(a: Array, b: Array, begin: int, end: int, quarter: int, mean: float, shared: Array, lanes: Array) -> None:
+    """Add the :data:`SUMS` of a near row, with E less than 1, likewise."""
+    means = four(mean)
+    for start in range(begin, end, 4 * quarter):
+        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
+        own = shared[start - begin : start - begin + 4 * quarter]
+        for i in range(quarter):
+            weight, e = _at(own, i, quarter), less(_apart(x, y, i, quarter), means)
+            _put(lanes, i, weight, e, times(weight, small_expm1(e)))
+
+
+@inlined_late
+def _add_far(a: Array, b: Array, begin: int, end: int, quarter: int, mean: float, shared: Array, lanes: Array) -> None:
+    """Add those of a far row."""
+    means = four(mean)
+    for start in range(begin, end, 4 * quarter):
+        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
+        own = shared[start - begin : start - begin + 4 * quarter]
+        for i in range(quarter):
+            weight, e = _at(own, i, quarter), less(_apart(x, y, i, quarter), means)
+            _put(lanes, i, weight, e, times(weight, exp(e)))
+
+
+@kernel
+def _add_distant(
+    a: Array, b: Array, begin: int, end: int, quarter: int, top: float, shared: Array, lanes: Array
+) -> None:
+    """Add those of a distant row, whose largest B is `top`."""
+    for start in range(begin, end, 4 * quarter):
+        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
+        own = shared[start - begin : start - begin + 4 * quarter]
+        for i in range(quarter):
+            weight, d = _at(own, i, quarter), _apart(x, y, i, quarter)
+            other = less(plus(_at(x, i, quarter), d), four(top))
+            other = exp((max(other[0], -LIMIT), max(other[1], -LIMIT), max(other[2], -LIMIT), max(other[3], -LIMIT)))
+            # Only what a row was filled up with has no weight at all.
+            other = (
+                other[0] if weight[0] > 0.0 else 0.0, other[1] if weight[1] > 0.0 else 0.0,
+                other[2] if weight[2] > 0.0 else 0.0, other[3] if weight[3] > 0.0 else 0.0,
+            )  # fmt: skip
+            _put(lanes, i, weight, d, other)
+
+
+@kernel
+def _add_strides(
+    a: Array, b: Array, begin: int, end: int, kind: int, shift: float, shared: Array, room: Array, donor: int
+) -> None:
+    # A quarter that is known as this is compiled: else it is asked of each stride what may overlap.
+    y, lanes = b[donor], room[donor]
+    if kind == CLOSE:
+        _add_moments(a, y, begin, end, LANES, shared, lanes)
+    elif kind == NEAR:
+        _add_near(a, y, begin, end, LANES, shift, shared, lanes)
+    elif kind == FAR:
+        _add_far(a, y, begin, end, LANES, shift, shared, lanes)
+    else:
+        _add_distant(a, y, begin, end, LANES, shift, shared, lanes)
+
+
+@kernel
+def _add_rest(filled: Array, end: int, kind: int, shift: float, shared: Array, room: Array, donor: int) -> None:
+    # And one that is not known: a loop over so few lanes would be written out, and badly.
+    a, b, lanes, quarter = filled[0], filled[1], room[donor], filled.shape[1] // 16
+    if kind == CLOSE:
+        _add_moments(a, b, 0, end, quarter, shared, lanes)
+    elif kind == NEAR:
+        _add_near(a, b, 0, end, quarter, shift, shared, lanes)
+    elif kind == FAR:
+        _add_far(a, b, 0, end, quarter, shift, shared, lanes)
+    else:
+        _add_distant(a, b, 0, end, quarter, shift, shared, lanes)
 
 
 @kernel
@@ -213,61 +295,78 @@ def _halve(lanes: Array, first: int, count: int, at: int) -> None:
 
 
 @kernel
-def _fill(values: Array, first: int, out: Array) -> None:
-    """The values from `first` on, and zeros behind them."""
+def _fill(values: Array, first: int, end: int, out: Array) -> None:
+    """The values from `first` on, and zeros behind them up to `end`."""
     # An assignment to a slice would first ask whether the two overlap, and takes six times as long.
     rest = values.size - first
     for i in range(rest):
         out[i] = values[np.uintp(first + i)]
-    for i in range(rest, out.size):
+    for i in range(rest, end):
         out[np.uintp(i)] = 0.0
 
 
 @kernel
-def _measure_moments(a: Array, b: Array, close: Array, shared: Array, filled: Array, room: Array) -> None:
-    """:data:`MOMENTS` of a row of those donors that are close.
+def _add_up(
+    a: Array,
+    b: Array,
+    kinds: Array,
+    reach: float,
+    level: float,
+    shifts: Array,
+    shared: Array,
+    filled: Array,
+    room: Array,
+) -> None:
+    """:data:`MOMENTS` or :data:`SUMS` of a row, or a piece of one, of those donors that have a kind.
 
     Parameters
     ----------
-    a : float32 ndarray, shape (n,)
-    b : float32 ndarray, shape (donors, n)
-    close : bool ndarray, shape (donors,)
-    shared, filled : float64 ndarray, shape (SHARED,); float32 ndarray, shape (2, 256)
+    a, b : ndarray, shape (n,) and (donors, n)
+    kinds : int64 ndarray, shape (donors,)
+        :data:`LEFT` for one that is left out.
+    reach, level : float
+        As of :func:`_weigh`.
+    shifts : float64 ndarray, shape (donors,)
+        The mean of D or what stands for it, of a distant row the largest B.
+    shared, filled : float64 ndarray, shape (STRIP,); ndarray of the working type, shape (2, STRIDE)
         Working memory.
     room : float64 ndarray, shape (donors, ROOM)
-        The moments come behind the lanes.
+        The sums come behind the lanes.
     """
     # A slice that is handed to another kernel is counted, atomically: rows are handed on whole.
-    shared[STRIP:] = 0.0
+    none = True
     for j in range(len(b)):
-        if close[j]:
-            room[j, : OTHERS * LANES] = 0.0
+        if kinds[j] != LEFT:
+            room[j, : MOMENTS * LANES] = 0.0
+            none = False
+    if none:
+        return
     whole = a.size // STRIDE * STRIDE
     for start in range(0, whole, STRIP):
         stop = min(start + STRIP, whole)
-        _add_weights(a, start, stop, shared)
+        _weigh(a, start, stop, LANES, reach, level, shared)
         for j in range(len(b)):
-            if close[j]:
-                _add_moments(a, b, j, start, stop, shared, room)
+            if kinds[j] != LEFT:
+                _add_strides(a, b, start, stop, kinds[j], shifts[j], shared, room, j)
     rest = a.size - whole
     if rest:
-        _fill(a, whole, filled[0])
-        _add_weights(filled[0], 0, STRIDE, shared)
+        stop = -(-rest // LANES) * LANES
+        _fill(a, whole, stop, filled[0])
+        _weigh(filled[0], 0, stop, LANES // 4, reach, level, shared)
+        for i in range(rest, stop):
+            shared[np.uintp(i)] = 0.0
         for j in range(len(b)):
-            if close[j]:
-                _fill(b[j], whole, filled[1])
-                _add_moments(filled[0], filled[1:], 0, 0, STRIDE, shared, room[j : j + 1])
-    _halve(shared, STRIP, 1, STRIP + LANES)
+            if kinds[j] != LEFT:
+                _fill(b[j], whole, stop, filled[1])
+                _add_rest(filled, stop, kinds[j], shifts[j], shared, room, j)
     for j in range(len(b)):
-        if close[j]:
-            own = room[j]
-            own[OTHERS * LANES] = shared[STRIP + LANES] - (STRIDE - rest if rest else 0.0)
-            _halve(own, 0, OTHERS, OTHERS * LANES + 1)
+        if kinds[j] != LEFT:
+            _halve(room[j], 0, MOMENTS if kinds[j] == CLOSE else SUMS, MOMENTS * LANES)
 
 
 @kernel
 def finish_close(moments: Array, reverse: float, forward: float, out: Array) -> bool:
-    """:data:`STATISTICS` of a close row from its :data:`MOMENTS`; False, with `out` undefined, if it is none."""
+    """:data:`STATISTICS` of a close row from its :data:`MOMENTS`; False, with `out` undefined, if too much cancels."""
     total = moments[0]
     mean, spread = moments[1] / total, moments[2] / total
     if mean * mean > SHIFTED * spread:
@@ -294,80 +393,92 @@ def finish_close(moments: Array, reverse: float, forward: float, out: Array) -> 
 
 
 @kernel
-def measure_extremes(a: Array, b: Array, lanes: Array, out: Array) -> None:
-    """:data:`EXTREMES` of a piece: `a` and `b` of shape (n,), `lanes` of shape (6, 64) as working memory."""
-    used = min(LANES, a.size)
-    top_a, top_b, total, low, high, squares = lanes[0], lanes[1], lanes[2], lanes[3], lanes[4], lanes[5]
-    for i in range(used):
-        d = np.float64(b[i] - a[i])
-        top_a[i], top_b[i], total[i], low[i], high[i], squares[i] = a[i], np.float64(a[i]) + d, 0.0, d, d, 0.0
-    for start in range(0, a.size, LANES):
-        x, y = a[start : start + LANES], b[start : start + LANES]
-        for i in range(x.size):
-            d = np.float64(y[i] - x[i])
-            top_a[i] = max(top_a[i], np.float64(x[i]))
-            top_b[i] = max(top_b[i], np.float64(x[i]) + d)
-            low[i] = min(low[i], d)
-            high[i] = max(high[i], d)
-            total[i] += d
-            squares[i] += d * d
-    out[0], out[1], out[2], out[3], out[4], out[5] = top_a[0], top_b[0], 0.0, low[0], high[0], 0.0
-    for i in range(used):
-        out[0], out[1] = max(out[0], top_a[i]), max(out[1], top_b[i])
-        out[3], out[4] = min(out[3], low[i]), max(out[4], high[i])
-        out[2] += total[i]
-        out[5] += squares[i]
-
-
-@kernel
-def _near(a: Array, b: Array, top: float, mean: float, lanes: Array) -> None:
-    weights, moved, first, second = lanes[0], lanes[1], lanes[2], lanes[3]
-    for start in range(0, a.size, LANES):
-        x, y = a[start : start + LANES], b[start : start + LANES]
-        for i in range(x.size):
-            e = np.float64(y[i] - x[i]) - mean
-            weight = _expm1(np.float64(x[i]) - top) + 1.0
-            growth = _expm1(e)
-            weights[i] += weight
-            moved[i] += weight * growth
-            first[i] += weight * (growth + 1.0) * e
-            second[i] += weight * e
-
-
-@kernel
-def _far(a: Array, b: Array, top_a: float, top_b: float, lanes: Array) -> None:
-    weights, others, first, second = lanes[0], lanes[1], lanes[2], lanes[3]
-    for start in range(0, a.size, LANES):
-        x, y = a[start : start + LANES], b[start : start + LANES]
-        for i in range(x.size):
-            d = np.float64(y[i] - x[i])
-            weight = _expm1(np.float64(x[i]) - top_a) + 1.0
-            other = _expm1((np.float64(x[i]) + d) - top_b) + 1.0
-            weights[i] += weight
-            others[i] += other
-            first[i] += other * d
-            second[i] += weight * d
-
-
-@kernel
-def _is_far(extremes: Array, width: int) -> bool:
-    mean = extremes[2] / width
-    return bool(max(extremes[4] - mean, mean - extremes[3]) > FAR)
-
-
-@kernel
-def measure_sums(a: Array, b: Array, extremes: Array, width: int, lanes: Array, out: Array) -> None:
-    """:data:`SUMS` of a piece, given the :data:`EXTREMES` of its whole row and the row's width."""
-    used = min(LANES, a.size)
-    lanes[:SUMS, :used] = 0.0
-    if _is_far(extremes, width):
-        _far(a, b, extremes[0], extremes[1], lanes)
+def _finish_sums(
+    sums: Array, kind: int, level: float, top: float, mean: float, reverse: float, forward: float, out: Array
+) -> None:
+    """:data:`STATISTICS` of any other row from its :data:`SUMS`; `top` is the largest B of a distant one."""
+    if kind == NEAR:
+        z = sums[2] / sums[0]
+        moved = math.log1p(z)
+        backward = (sums[1] + sums[3]) / sums[0] / (1.0 + z) - moved
     else:
-        _near(a, b, extremes[0], extremes[2] / width, lanes)
+        moved = math.log(sums[2] / sums[0]) + (top - level if kind == DISTANT else 0.0)
+        backward = sums[3] / sums[2] - moved
+    found = reverse * backward + forward * (moved - sums[1] / sums[0])
+    out[0] = found if found > 0.0 and found < math.inf else 0.0
+    out[1], out[2] = level + math.log(sums[0]), moved + mean
+
+
+@kernel
+def finish_once(moments: Array, kind: int, width: int, reverse: float, forward: float, out: Array) -> bool:
+    """:data:`STATISTICS` of a row that was read once; False, with `out` undefined, if too much cancels."""
+    if kind == CLOSE:
+        return finish_close(moments, reverse, forward, out)
+    mean = moments[4] / width
+    if mean * mean > SHIFTED * (moments[5] / width):
+        return False
+    _finish_sums(moments, kind, 0.0, 0.0, 0.0, reverse, forward, out)
+    return True
+
+
+@kernel
+def _add_differences(a: Array, b: Array, begin: int, end: int, quarter: int, lanes: Array) -> None:
+    """Add D and its squares, as :data:`SUMS` have them."""
+    for start in range(begin, end, 4 * quarter):
+        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
+        for i in range(quarter):
+            d = _apart(x, y, i, quarter)
+            lanes[np.uintp(i)] += total(d)
+            lanes[np.uintp(i + LANES)] += total(times(d, d))
+
+
+@kernel
+def measure_extremes(a: Array, b: Array, out: Array) -> None:
+    """:data:`EXTREMES` of a piece: `a` and `b` of shape (n,)."""
+    tops = np.empty((5, LANES), a.dtype)
+    top_a, top_b, low, high, reach = tops[0], tops[1], tops[2], tops[3], tops[4]
+    for i in range(LANES):
+        top_a[i], top_b[i], low[i], high[i], reach[i] = a[0], b[0], b[0] - a[0], b[0] - a[0], abs(a[0])
+    for start in range(0, a.size, LANES):
+        x, y = a[start : start + LANES], b[start : start + LANES]
+        for i in range(x.size):
+            d = y[i] - x[i]
+            top_a[i], top_b[i] = max(top_a[i], x[i]), max(top_b[i], y[i])
+            low[i], high[i] = min(low[i], d), max(high[i], d)
+            reach[i] = max(reach[i], abs(x[i]))
+    out[0], out[1], out[3], out[4], out[5] = top_a.max(), top_b.max(), low.min(), high.max(), reach.max()
+    lanes, filled = np.zeros(2 * LANES + 2), np.empty((2, STRIDE), a.dtype)
+    whole = a.size // STRIDE * STRIDE
+    _add_differences(a, b, 0, whole, LANES, lanes)
+    rest = a.size - whole
+    if rest:
+        stop = -(-rest // LANES) * LANES
+        _fill(a, whole, stop, filled[0])
+        _fill(b, whole, stop, filled[1])
+        _add_differences(filled[0], filled[1], 0, stop, LANES // 4, lanes)
+    _halve(lanes, 0, 2, 2 * LANES)
+    out[2], out[6] = lanes[2 * LANES], lanes[2 * LANES + 1]
+
+
+@kernel
+def _measured_as(extremes: Array, width: int) -> tuple[int, float, float]:
+    """Of a row whose :data:`EXTREMES` are known: its kind, and what is taken off A and off D."""
+    mean = extremes[2] / width
+    distance, level = max(extremes[4] - mean, mean - extremes[3]), extremes[0] if extremes[5] > HEAVIEST else 0.0
+    if not distance <= LARGEST:
+        return DISTANT, level, extremes[1]
+    return NEAR if distance <= NEAR_DELTA else FAR, level, mean
+
+
+@kernel
+def measure_sums(a: Array, b: Array, extremes: Array, width: int, out: Array) -> None:
+    """:data:`SUMS` of a piece, given the :data:`EXTREMES` of its whole row and the row's width."""
+    kind, level, shift = _measured_as(extremes, width)
+    kinds, shifts, room = np.full(1, kind), np.full(1, shift), np.empty((1, ROOM))
+    shared, filled = np.empty(STRIP), np.empty((2, STRIDE), a.dtype)
+    _add_up(a, b.reshape(1, b.size), kinds, extremes[5], level, shifts, shared, filled, room)
     for s in range(SUMS):
-        out[s] = 0.0
-        for i in range(used):
-            out[s] += lanes[s, i]
+        out[s] = room[0, MOMENTS * LANES + s]
 
 
 @kernel
@@ -376,35 +487,23 @@ def finish_row(extremes: Array, sums: Array, width: int, reverse: float, forward
 
     The divergence is 0 where D is the same all along the row, where rounding leaves it below 0, and where D overflows.
     """
-    mean = extremes[2] / width
-    out[0], out[1], out[2] = 0.0, extremes[0] + math.log(sums[0]), mean
+    kind, level, shift = _measured_as(extremes, width)
+    if kind == DISTANT:
+        _finish_sums(sums, kind, level, shift, 0.0, reverse, forward, out)
+    else:
+        _finish_sums(sums, kind, level, 0.0, shift, reverse, forward, out)
     spread = extremes[4] - extremes[3]
     if not (spread > 0.0 and spread < math.inf):
-        return
-    if _is_far(extremes, width):
-        moved = extremes[1] + math.log(sums[1]) - out[1]
-        backward, onward = sums[2] / sums[1] - moved, moved - sums[3] / sums[0]
-    else:
-        z = sums[1] / sums[0]
-        moved = math.log1p(z)
-        backward, onward = sums[2] / sums[0] / (1.0 + z) - moved, moved - sums[3] / sums[0]
-        moved += mean
-    found = reverse * backward + forward * onward
-    out[0] = found if found > 0.0 and found < math.inf else 0.0
-    out[2] = moved
+        out[0], out[2] = 0.0, extremes[2] / width
 
 
 @kernel
-def measured_close(itemsize: int, width: int) -> bool:
-    """Whether rows of this width, in float32 or float64, can be close ones."""
-    return itemsize == 4 and width >= LANES
-
-
-@kernel
-def finish_close_rows(moments: Array, reverse: float, forward: float, out: Array, settled: Array) -> None:
-    """:func:`finish_close` for rows, shape (rows, 10): into `out`, shape (rows, 3), and `settled`, bool, (rows,)."""
+def finish_rows_once(
+    moments: Array, kinds: Array, width: int, reverse: float, forward: float, out: Array, settled: Array
+) -> None:
+    """:func:`finish_once` for rows, shape (rows, 9): into `out`, shape (rows, 3), and `settled`, bool, (rows,)."""
     for row in range(len(moments)):
-        settled[row] = finish_close(moments[row], reverse, forward, out[row])
+        settled[row] = finish_once(moments[row], kinds[row], width, reverse, forward, out[row])
 
 
 @kernel
@@ -426,63 +525,60 @@ def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float,
     float
         Sum of squares of D.
     """
-    room, shared, filled = np.empty((1, ROOM)), np.empty(SHARED), np.empty((2, STRIDE), a.dtype)
-    energies, close, lanes = np.zeros(1), np.empty(1, np.bool_), np.empty((EXTREMES, LANES))
+    shared, filled, room = np.empty(STRIP), np.empty((2, STRIDE), a.dtype), np.empty((1, ROOM))
+    energies, kinds, shifts = np.zeros(1), np.empty(1, np.int64), np.zeros(1)
     donors = b.reshape(b.size // width, 1, width)
     for row in range(a.size // width):
         x, y = a[row * width : (row + 1) * width], donors[row]
-        close[0] = measured_close(a.itemsize, width) and _reach(x) <= CLOSE_WEIGHT and _distance(x, y[0]) <= CLOSE_DELTA
-        _measure_row(x, y, close, reverse, forward, out[row : row + 1], energies, shared, filled, room, lanes)
+        reach = _reach(x)
+        kinds[0] = kind_of(reach, _distance(x, y[0]))
+        _measure_row(x, y, kinds, reach, reverse, forward, out[row : row + 1], energies, shifts, shared, filled, room)
     return float(energies[0])
 
 
 @kernel
 def _measure_row(
-    a: Array, b: Array, close: Array, reverse: float, forward: float, out: Array, energies: Array, shared: Array,
-    filled: Array, room: Array, lanes: Array,
+    a: Array, b: Array, kinds: Array, reach: float, reverse: float, forward: float, out: Array, energies: Array,
+    shifts: Array, shared: Array, filled: Array, room: Array,
 ) -> None:  # fmt: skip
     """:data:`STATISTICS` of a row of all donors.
 
     Parameters
     ----------
     a, b : ndarray, shape (n,) and (donors, n)
-    close : bool ndarray, shape (donors,)
-        Whether magnitudes are those of a close row.
-    reverse, forward : float
+    kinds : int64 ndarray, shape (donors,)
+        What they are by :func:`kind_of`; changed.
+    reach, reverse, forward : float
     out : float64 ndarray, shape (donors, 1 to 3)
     energies : float64 ndarray, shape (donors,)
         Added to: the sums of squares of D.
-    shared, filled, room, lanes : ndarray
-        Working memory; see :func:`_measure_moments` and :func:`measure_extremes`.
+    shifts : float64 ndarray, shape (donors,)
+        Zeros.
+    shared, filled, room : ndarray
+        Working memory; see :func:`_add_up`.
     """
-    some = False
-    for j in range(close.size):
-        some |= close[j]
-    if some:
-        _measure_moments(a, b, close, shared, filled, room)
     for j in range(len(b)):
-        rest = room[j, OTHERS * LANES :]
-        moments, extremes = rest[:MOMENTS], rest[MOMENTS : MOMENTS + EXTREMES]
-        sums, found = rest[MOMENTS + EXTREMES : -STATISTICS], rest[-STATISTICS:]
-        if close[j] and finish_close(moments, reverse, forward, found):
-            energies[j] += moments[MOMENTS - 1]
-            for s in range(out.shape[1]):
-                out[j, s] = found[s]
-            continue
-        measure_extremes(a, b[j], lanes, extremes)
-        energies[j] += extremes[5]
-        if extremes[3] == extremes[4] and out.shape[1] == 1:
-            out[j, 0] = 0.0
-            continue
-        measure_sums(a, b[j], extremes, a.size, lanes, sums)
-        finish_row(extremes, sums, a.size, reverse, forward, found)
+        if kinds[j] == DISTANT:
+            kinds[j] = LEFT
+    _add_up(a, b, kinds, reach, 0.0, shifts, shared, filled, room)
+    for j in range(len(b)):
+        rest = room[j, MOMENTS * LANES :]
+        moments, found = rest[:MOMENTS], rest[MOMENTS:]
+        if kinds[j] != LEFT and finish_once(moments, kinds[j], a.size, reverse, forward, found):
+            energies[j] += moments[MOMENTS - 1] if kinds[j] == CLOSE else moments[SUMS - 1]
+        else:
+            extremes, sums = np.empty(EXTREMES), np.empty(SUMS)
+            measure_extremes(a, b[j], extremes)
+            measure_sums(a, b[j], extremes, a.size, sums)
+            finish_row(extremes, sums, a.size, reverse, forward, found)
+            energies[j] += extremes[EXTREMES - 1]
         for s in range(out.shape[1]):
             out[j, s] = found[s]
 
 
 @kernel
 def fold_extremes(pieces: Array, out: Array) -> None:
-    """:data:`EXTREMES` of rows, shape (rows, 6), from those of their pieces, shape (rows, pieces, 6), in order."""
+    """:data:`EXTREMES` of rows, shape (rows, 7), from those of their pieces, shape (rows, pieces, 7), in order."""
     out[:] = pieces[:, 0]
     for row in range(pieces.shape[0]):
         found = out[row]
@@ -490,13 +586,14 @@ def fold_extremes(pieces: Array, out: Array) -> None:
             piece = pieces[row, k]
             found[0], found[1] = max(found[0], piece[0]), max(found[1], piece[1])
             found[3], found[4] = min(found[3], piece[3]), max(found[4], piece[4])
+            found[5] = max(found[5], piece[5])
             found[2] += piece[2]
-            found[5] += piece[5]
+            found[6] += piece[6]
 
 
 @kernel
 def finish_rows(extremes: Array, pieces: Array, width: int, reverse: float, forward: float, out: Array) -> None:
-    """:data:`STATISTICS` of rows, shape (rows, 1 to 3), from the sums of their pieces, shape (rows, pieces, 4)."""
+    """:data:`STATISTICS` of rows, shape (rows, 1 to 3), from the sums of their pieces, shape (rows, pieces, 6)."""
     sums, found = np.empty(SUMS), np.empty(STATISTICS)
     for row in range(pieces.shape[0]):
         sums[:] = 0.0
@@ -504,47 +601,6 @@ def finish_rows(extremes: Array, pieces: Array, width: int, reverse: float, forw
             sums += pieces[row, k]
         finish_row(extremes[row], sums, width, reverse, forward, found)
         out[row] = found[: out.shape[1]]
-
-
-@kernel
-def _series(reverse: float, forward: float) -> Array:
-    """Of ``reverse * (exp(r) * r - expm1(r)) + forward * (expm1(r) - r)`` over r squared, highest power first."""
-    found = np.empty(SERIES_TERMS)
-    factorial = 1.0
-    for k in range(2, SERIES_TERMS + 2):
-        factorial *= k
-        found[SERIES_TERMS + 1 - k] = (reverse * (k - 1) + forward) / factorial
-    return found
-
-
-@kernel
-def score_points(
-    a: Array, b: Array, width: int, rows: Array, reverse: float, forward: float, always: bool, out: Array
-) -> None:
-    """What each element contributes to its row's divergence: ``q * log(q / p) - q + p`` in reverse, never negative.
-
-    `rows` has all three columns; the rest is as in :func:`score_delta` and :func:`measure_rows`.
-    """
-    terms = _series(reverse, forward)
-    for row in range(rows.shape[0]):
-        x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
-        scores = out[row * width : (row + 1) * width]
-        kl, normaliser, moved = rows[row, 0], rows[row, 1], rows[row, 2]
-        if kl == 0.0:
-            for i in range(scores.size):
-                scores[i] = abs(y[i] - x[i]) if always else 0
-            continue
-        for i in range(scores.size):
-            r = np.float64(y[i] - x[i]) - moved
-            log_p = np.float64(x[i]) - normaliser
-            p = _expm1(log_p) + 1.0
-            q = _expm1(log_p + r) + 1.0
-            series = 0.0
-            for k in range(SERIES_TERMS):
-                series = series * r + terms[k]
-            near = p * (r * r * series)
-            far = max(reverse * (q * r - q + p) + forward * (q - p - p * r), 0.0)
-            scores[i] = near if abs(r) <= SERIES else far
 
 
 @kernel
@@ -597,10 +653,9 @@ def measure_stored(
     bool
         False if a stored value is not finite: then all is for the general way.
     """
-    room, shared, filled = np.empty((len(donors), ROOM)), np.empty(SHARED), np.empty((2, STRIDE), np.float32)
+    shared, filled, room = np.empty(STRIP), np.empty((2, STRIDE), np.float32), np.empty((len(donors), ROOM))
     a, b = np.empty(width, np.float32), np.empty((len(donors), width), np.float32)
-    energies, close, lanes = np.empty(len(donors)), np.empty(len(donors), np.bool_), np.empty((EXTREMES, LANES))
-    may_be_close = measured_close(4, width)
+    energies, kinds, shifts = np.empty(len(donors)), np.empty(len(donors), np.int64), np.zeros(len(donors))
     for start in range(0, base.size, block):
         stop, own = min(start + block, base.size), blocks[start // block]
         energies[:] = 0.0
@@ -612,10 +667,10 @@ def measure_stored(
                 finite, distance = _decode_donor(donors[j][at : at + width], a, b[j])
                 if not finite:
                     return False
-                close[j] = may_be_close and reach <= CLOSE_WEIGHT and distance <= CLOSE_DELTA
+                kinds[j] = kind_of(reach, distance)
             place = (at - start) // width * columns
             found = own[:, place : place + columns]
-            _measure_row(a, b, close, reverse, forward, found, energies, shared, filled, room, lanes)
+            _measure_row(a, b, kinds, reach, reverse, forward, found, energies, shifts, shared, filled, room)
         own[:, -1] = energies
     return True
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergepipe.tasks import rows
+from mergepipe.tasks import exponentials, rows
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
 
@@ -38,46 +38,56 @@ PART_ELEMENTS = 1 << 22
 """Elements of a batch at the most. On the device it takes about a hundred bytes for each: 0.4 GiB for each lane."""
 
 
-def expm1(x: torch.Tensor) -> torch.Tensor:
-    """exp(x) - 1 for a float64 tensor, which is not kept: bit for bit that of :mod:`mergepipe.tasks.rows`."""
+def _grow(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`mergepipe.tasks.exponentials.grow`, for a float64 tensor."""
     import torch
 
-    x = x.clamp(-rows._LIMIT, rows._LIMIT)
-    shifted = x * rows._LOG2E
-    shifted += rows._ROUND
-    whole = shifted - rows._ROUND
-    r = x - whole * rows._LN2_HIGH
-    r -= whole.mul_(rows._LN2_LOW)
-    tail = r * (1 / 6227020800.0)
-    tail += 1 / 479001600.0
-    for constant in (39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0):
-        tail *= r
-        tail += 1 / constant
-    tail *= r
-    tail += 0.5
-    tail *= r * r
-    tail += r
+    shifted = x * exponentials.LOG2E
+    shifted += exponentials.ROUND
+    whole = shifted - exponentials.ROUND
+    r = x - whole * exponentials.LN2_HIGH
+    r -= whole.mul_(exponentials.LN2_LOW)
     power = ((shifted.view(torch.int64) + 1023) << 52).view(torch.float64)
-    tail *= power
+    return power, r, _second(r, exponentials.SECOND)
+
+
+def _second(x: torch.Tensor, terms: tuple[float, ...]) -> torch.Tensor:
+    """A polynomial times the square of x, even and odd powers by themselves."""
+    square = x * x
+    even, odd = (square * terms[at] + terms[at - 2] for at in (len(terms) - 2, len(terms) - 1))
+    for at in range(len(terms) - 6, -1, -2):
+        even = even.mul_(square).add_(terms[at])
+        odd = odd.mul_(square).add_(terms[at + 1])
+    even += odd.mul_(x)
+    return even.mul_(square)
+
+
+def expm1(x: torch.Tensor) -> torch.Tensor:
+    """exp(x) - 1 for a float64 tensor: bit for bit that of :mod:`mergepipe.tasks.exponentials`."""
+    power, r, q = _grow(x)
+    r += q
+    r *= power
     power -= 1.0
-    tail += power
-    return tail
+    r += power
+    return r
 
 
-def lane_sums(terms: torch.Tensor) -> torch.Tensor:
-    """Sums along the last axis of float64 terms, in the order of the kernels: 64 lanes, then lane after lane."""
-    width = terms.shape[-1]
-    steps = -(-width // LANES)
-    lanes = terms[..., :LANES].clone()
-    for step in range(1, steps):
-        piece = terms[..., step * LANES : (step + 1) * LANES]
-        lanes[..., : piece.shape[-1]] += piece
-    total = lanes[..., 0].clone()
-    for lane in range(1, lanes.shape[-1]):
-        total += lanes[..., lane]
-    # A sum that begins with a positive zero is never a negative one.
-    total += 0.0
-    return total
+def exp(x: torch.Tensor) -> torch.Tensor:
+    """exp(x), likewise."""
+    power, r, q = _grow(x)
+    r += q
+    r *= power
+    r += power
+    return r
+
+
+def small_expm1(x: torch.Tensor) -> torch.Tensor:
+    """As :func:`mergepipe.tasks.exponentials.small_expm1`."""
+    y = x * 0.0625
+    h = y + _second(y, exponentials.SMALL)
+    for _ in range(4):
+        h *= h + 2.0
+    return h
 
 
 def measure_rows(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: float) -> tuple[Array, Array]:
@@ -99,57 +109,114 @@ def measure_rows(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: floa
     """
     import torch
 
+    width = a.shape[1]
     found, squares = np.empty((len(a), rows.STATISTICS)), np.empty(len(a))
-    left = np.ones(len(a), bool)
-    if rows.measured_close(a.element_size(), a.shape[1]):
-        close = (a.abs().amax(1) <= rows.CLOSE_WEIGHT) & ((b - a).abs().amax(1) <= rows.CLOSE_DELTA)
-        which = close.cpu().numpy()
-        if which.any():
-            moments = _moments(a[close], b[close]).cpu().numpy()
-            settled, own = np.empty(len(moments), bool), np.empty((len(moments), rows.STATISTICS))
-            rows.finish_close_rows(moments, reverse, forward, own, settled)
-            at = np.flatnonzero(which)[settled]
-            found[at], squares[at], left[at] = own[settled], moments[settled, -1], False
+    reach, distance = (values.abs().amax(1).to(torch.float32).cpu().numpy().astype(float) for values in (a, b - a))
+    kinds = _kinds(distance)
+    kinds[~(reach <= rows.HEAVIEST)] = rows.DISTANT
+    left = kinds == rows.DISTANT
+    for kind in (rows.CLOSE, rows.NEAR, rows.FAR):
+        at = np.flatnonzero(kinds == kind)
+        if at.size:
+            sums = _sums(kind, _chosen(a, at), _chosen(b, at), reach[at], np.zeros(at.size), np.zeros(at.size))
+            settled, own = np.empty(at.size, bool), np.empty((at.size, rows.STATISTICS))
+            rows.finish_rows_once(sums, kinds[at], width, reverse, forward, own, settled)
+            found[at], squares[at], left[at] = own, sums[:, -1], ~settled
     if left.any():
-        # Most often it is none of them or all.
-        rest = slice(None) if left.all() else torch.from_numpy(left).to(a.device)
-        found[left], squares[left] = _measure_others(a[rest], b[rest], reverse, forward)
+        at = np.flatnonzero(left)
+        found[at], squares[at] = _measure_twice(_chosen(a, at), _chosen(b, at), reverse, forward)
     return found, squares
 
 
-def _moments(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """:data:`mergepipe.tasks.rows.MOMENTS` of close rows."""
+def _chosen(values: torch.Tensor, at: Array) -> torch.Tensor:
+    """The rows that `at` lists; most often it is all."""
     import torch
 
-    spare = -a.shape[1] % rows.STRIDE
-    a, b = (torch.nn.functional.pad(values, (0, spare)) for values in (a, b))
+    return values if len(at) == len(values) else values[torch.from_numpy(at).to(values.device)]
+
+
+def _kinds(distance: Array) -> Array:
+    """What rows are measured as, by their largest difference; what is not a number is distant."""
+    return np.searchsorted((rows.CLOSE_DELTA, rows.NEAR_DELTA, rows.LARGEST), distance)
+
+
+def _sums(kind: int, a: torch.Tensor, b: torch.Tensor, reach: Array, level: Array, shift: Array) -> Array:
+    """:data:`mergepipe.tasks.rows.MOMENTS` or :data:`mergepipe.tasks.rows.SUMS` of rows of a kind."""
+    import torch
+
+    width = a.shape[1]
+    a, b = (torch.nn.functional.pad(values, (0, -width % LANES)) for values in (a, b))
     x, d = a.to(torch.float64), (b - a).to(torch.float64)
-    weight = x * rows._ROOT[-1]
-    for constant in rows._ROOT[-2:0:-1]:
+    weight = _weights(x, reach, level)
+    weight[:, width:] = 0.0
+    if kind == rows.CLOSE:
+        square = d * d
+        fourth = square * square
+        first, second = weight * d, weight * square
+        third = first * square
+        terms = (weight, first, second, third)
+        return _stacked([*terms, *(term * fourth for term in terms), square], width)
+    off = torch.from_numpy(shift).to(x.device)[:, None]
+    if kind == rows.DISTANT:
+        other = exp((x + d - off).clamp_(min=-exponentials.LIMIT))
+        other[:, width:] = 0.0
+    else:
+        d -= off
+        other = (small_expm1 if kind == rows.NEAR else exp)(d)
+        other *= weight
+    return _stacked([weight, weight * d, other, other * d, d, d * d], width)
+
+
+def _weights(x: torch.Tensor, reach: Array, level: Array) -> torch.Tensor:
+    import torch
+
+    scale, rounds = np.ones_like(reach), np.zeros(len(reach), int)
+    for _ in range(4):
+        beyond = reach * scale > 1.0
+        scale[beyond] *= 0.25
+        rounds += beyond
+    y = x * torch.from_numpy(scale).to(x.device)[:, None]
+    weight = y * exponentials.ROOT[-1]
+    for constant in exponentials.ROOT[-2:0:-1]:
         weight += constant
-        weight *= x
-    weight += rows._ROOT[0]
+        weight *= y
+    weight += exponentials.ROOT[0]
     for _ in range(4):
         weight *= weight
-    square = d * d
-    fourth = square * square
-    first, second = weight * d, weight * square
-    third = first * square
-    raised = (term * fourth for term in (weight, first, second, third))
-    terms = (weight, first, second, third, *raised, d, square)
-    sums = torch.stack([_stride_sums(term) for term in terms], 1)
-    sums[:, 0] -= spare
-    return sums
+    for number in range(rounds.max(initial=0)):
+        which = torch.from_numpy(rounds > number).to(x.device)
+        square = weight[which] * weight[which]
+        weight[which] = square * square
+    beyond = ~(reach <= rows.HEAVIEST)
+    if beyond.any():
+        which = torch.from_numpy(beyond).to(x.device)
+        off = torch.from_numpy(level[beyond]).to(x.device)[:, None]
+        weight[which] = exp((x[which] - off).clamp_(min=-exponentials.LIMIT))
+    return weight
 
 
-def _stride_sums(terms: torch.Tensor) -> torch.Tensor:
-    """Sums along the last axis in the order of moments: four by four, stride by stride, and lanes half on half."""
-    strides = terms.reshape(len(terms), -1, 4, LANES)
-    fours = (strides[:, :, 0] + strides[:, :, 1]) + (strides[:, :, 2] + strides[:, :, 3])
+def _stacked(terms: list[torch.Tensor], width: int) -> Array:
+    import torch
+
+    found: Array = torch.stack([stride_sums(term, width) for term in terms], 1).cpu().numpy()
+    return found
+
+
+def stride_sums(terms: torch.Tensor, width: int) -> torch.Tensor:
+    """Sums along the last axis, of rows of a width that are filled up to whole lanes, in the order of the kernels.
+
+    Four by four, stride by stride, and the lanes half on half in the end.
+    """
+    import torch
+
+    whole = width // rows.STRIDE * rows.STRIDE
     # A sum that begins with a positive zero is never a negative one.
-    lanes = fours[:, 0] + 0.0
-    for number in range(1, fours.shape[1]):
-        lanes += fours[:, number]
+    lanes = torch.zeros(len(terms), LANES, dtype=terms.dtype, device=terms.device)
+    for piece, quarter in ((terms[:, :whole], LANES), (terms[:, whole:], LANES // 4)):
+        strides = piece.reshape(len(terms), -1, 4, quarter)
+        fours = (strides[:, :, 0] + strides[:, :, 1]) + (strides[:, :, 2] + strides[:, :, 3])
+        for number in range(fours.shape[1]):
+            lanes[:, :quarter] += fours[:, number]
     half = LANES // 2
     while half:
         lanes = lanes[:, :half] + lanes[:, half : 2 * half]
@@ -157,66 +224,34 @@ def _stride_sums(terms: torch.Tensor) -> torch.Tensor:
     return lanes[:, 0]
 
 
-def _measure_others(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: float) -> tuple[Array, Array]:
-    """The same of rows that are not close."""
+def _measure_twice(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: float) -> tuple[Array, Array]:
+    """The same of rows whose extremes have to be known first."""
     import torch
 
     width = a.shape[1]
-    x = a.to(torch.float64)
-    d = (b - a).to(torch.float64)
-    moved = x + d
+    d = b - a
+    padded = torch.nn.functional.pad(d, (0, -width % LANES)).to(torch.float64)
     extremes = torch.stack([
-        x.amax(1), moved.amax(1), lane_sums(d), d.amin(1), d.amax(1), lane_sums(d * d),
-    ], 1)  # fmt: skip
-    mean = extremes[:, 2] / width
-    far = torch.maximum(extremes[:, 4] - mean, mean - extremes[:, 3]) > rows.FAR
-    sums = torch.empty(len(x), rows.SUMS, dtype=torch.float64, device=x.device)
-    near = ~far
-    if bool(far.any()):
-        sums[near] = _near(x[near], d[near], extremes[near])
-        sums[far] = _far(x[far], moved[far], d[far], extremes[far])
-    else:
-        sums = _near(x, d, extremes)
-    measured = extremes.cpu().numpy()
-    found = np.empty((len(x), rows.STATISTICS))
-    rows.finish_rows(measured, sums.cpu().numpy()[:, None], width, reverse, forward, found)
-    return found, measured[:, 5].copy()
-
-
-def _near(x: torch.Tensor, d: torch.Tensor, extremes: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    e = d - (extremes[:, 2] / d.shape[1])[:, None]
-    weight = expm1(x - extremes[:, 0, None])
-    weight += 1.0
-    growth = expm1(e)
-    sums = [lane_sums(weight), lane_sums(weight * growth)]
-    growth += 1.0
-    growth *= weight
-    growth *= e
-    sums.append(lane_sums(growth))
-    weight *= e
-    sums.append(lane_sums(weight))
-    return torch.stack(sums, 1)
-
-
-def _far(x: torch.Tensor, moved: torch.Tensor, d: torch.Tensor, extremes: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    weight = expm1(x - extremes[:, 0, None])
-    weight += 1.0
-    other = expm1(moved - extremes[:, 1, None])
-    other += 1.0
-    sums = [lane_sums(weight), lane_sums(other)]
-    other *= d
-    sums.append(lane_sums(other))
-    weight *= d
-    sums.append(lane_sums(weight))
-    return torch.stack(sums, 1)
+        a.amax(1), b.amax(1), stride_sums(padded, width), d.amin(1), d.amax(1), a.abs().amax(1),
+        stride_sums(padded * padded, width),
+    ], 1).to(torch.float64).cpu().numpy()  # fmt: skip
+    with np.errstate(invalid="ignore"):
+        mean = extremes[:, 2] / width
+        kinds = _kinds(np.maximum(extremes[:, 4] - mean, mean - extremes[:, 3]))
+    kinds = np.maximum(kinds, rows.NEAR)
+    level = np.where(extremes[:, 5] > rows.HEAVIEST, extremes[:, 0], 0.0)
+    sums = np.empty((len(a), rows.SUMS))
+    for kind in np.unique(kinds).tolist():
+        at = np.flatnonzero(kinds == kind)
+        shift = extremes[:, 1] if kind == rows.DISTANT else mean
+        sums[at] = _sums(kind, _chosen(a, at), _chosen(b, at), extremes[at, 5], level[at], shift[at])
+    found = np.empty((len(a), rows.STATISTICS))
+    rows.finish_rows(extremes, sums[:, None], width, reverse, forward, found)
+    return found, extremes[:, -1].copy()
 
 
 def score_delta(a: torch.Tensor, b: torch.Tensor, kl: torch.Tensor, always: bool) -> torch.Tensor:
-    """As :func:`mergepipe.tasks.rows.score_delta`; `kl`, float64, shape (rows,), are the divergences."""
+    """As :func:`mergepipe.tasks.scores.score_delta`; `kl`, float64, shape (rows,), are the divergences."""
     import torch
 
     factor = torch.where(kl == 0.0, torch.ones_like(kl), kl) if always else kl
@@ -228,26 +263,44 @@ def score_delta(a: torch.Tensor, b: torch.Tensor, kl: torch.Tensor, always: bool
 def score_points(
     a: torch.Tensor, b: torch.Tensor, found: torch.Tensor, reverse: float, forward: float, always: bool
 ) -> torch.Tensor:
-    """As :func:`mergepipe.tasks.rows.score_points`; `found`, float64, shape (rows, 3), are the statistics."""
+    """As :func:`mergepipe.tasks.points.score_points`; `found`, float64, shape (rows, 3), are the statistics."""
     import torch
 
-    kl, normaliser, moved = found[:, :1], found[:, 1:2], found[:, 2:3]
     difference = b - a
-    r = difference.to(torch.float64) - moved
-    log_p = a.to(torch.float64) - normaliser
-    p = expm1(log_p)
-    p += 1.0
-    q = expm1(log_p + r)
-    q += 1.0
-    series = torch.zeros_like(r)
-    for term in rows._series(reverse, forward).tolist():
-        series *= r
-        series += term
-    near = p * (r * r * series)
-    far = (reverse * (q * r - q + p) + forward * (q - p - p * r)).clamp_(min=0.0)
-    scores = torch.where(r.abs() <= rows.SERIES, near, far).to(a.dtype)
+    largest = torch.maximum(a.abs(), difference.abs()).amax(1).to(torch.float32)
+    within = largest <= rows.LARGEST
+    scores = torch.empty_like(a)
+    for which, measure in ((within, _points), (~within, _huge_points)):
+        if bool(which.any()):
+            scores[which] = measure(a[which], difference[which], found[which], reverse, forward).to(a.dtype)
     still = difference.abs() if always else torch.zeros_like(difference)
-    return torch.where(kl == 0.0, still, scores)
+    return torch.where(found[:, :1] == 0.0, still, scores)
+
+
+def _points(a: torch.Tensor, d: torch.Tensor, found: torch.Tensor, reverse: float, forward: float) -> torch.Tensor:
+    """Of rows without huge numbers."""
+    import torch
+
+    r = d.to(torch.float64) - found[:, 2:3]
+    p = exp(a.to(torch.float64) - found[:, 1:2])
+    power, rest, q = _grow(r)
+    growth = power * (rest + q) + (power - 1.0)
+    small = reverse * (r * r + (r - 1.0) * q) + forward * q
+    large = (reverse * (growth * (r - 1.0) + r) + forward * (growth - r)).clamp_(min=0.0)
+    return p * torch.where(power == 1.0, small, large)
+
+
+def _huge_points(a: torch.Tensor, d: torch.Tensor, found: torch.Tensor, reverse: float, forward: float) -> torch.Tensor:
+    """Of others."""
+    import torch
+
+    limit = exponentials.LIMIT
+    r, log_p = d.to(torch.float64) - found[:, 2:3], a.to(torch.float64) - found[:, 1:2]
+    p, other = exp(log_p.clamp(min=-limit)), exp((log_p + r).clamp(min=-limit))
+    power, _, q = _grow(r.clamp(-limit, limit))
+    small = p * (reverse * (r * r + (r - 1.0) * q) + forward * q)
+    large = (reverse * (other * r - other + p) + forward * (other - p - p * r)).clamp_(min=0.0)
+    return torch.where(power == 1.0, small, large)
 
 
 def count_top(scores: torch.Tensor, counts: Array) -> None:

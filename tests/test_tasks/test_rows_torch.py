@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import mergepipe
 from mergepipe.errors import Interrupted, MemoryBudgetError, NonFiniteError, WorkspaceError
 from mergepipe.pipeline import devices, scoring
-from mergepipe.tasks import rows, rows_torch, scores, select
+from mergepipe.tasks import exponentials, points, rows, rows_torch, scores, select
 from mergepipe.tasks.blocks import block_elements
 from mergepipe.tasks.method import Accumulator, Array, can_offload
 from support.drive import load_tile, make_job
@@ -63,9 +63,10 @@ def on(device: str, values: Array) -> torch.Tensor:
 @on_every_device
 def test_the_exponential(device: str) -> None:
     x = np.concatenate(
-        [np.linspace(-800, 800, 4001), np.geomspace(1e-300, 1, 99), -np.geomspace(1e-300, 1, 99), [-0.0]]
+        [np.linspace(-700, 700, 4001), np.geomspace(1e-300, 1, 99), -np.geomspace(1e-300, 1, 99), [-0.0]]
     )
-    same_bits(rows_torch.expm1(on(device, x)).cpu().numpy(), np.array([rows._expm1(v) for v in x.tolist()]))
+    expected = np.array([exponentials.expm1((v, v, v, v))[0] for v in x.tolist()])
+    same_bits(rows_torch.expm1(on(device, x)).cpu().numpy(), expected)
 
 
 @on_every_device
@@ -83,15 +84,15 @@ def test_bits_are_those_of_the_kernels(shape: tuple[int, int], work: str, step: 
         assert rows_torch.block_energies(squares, shape[0]).tolist() == [energy]
         statistics = on(device, expected)
         for always in (False, True):
-            delta, points = np.empty_like(a).ravel(), np.empty_like(a).ravel()
+            delta, pointwise = np.empty_like(a).ravel(), np.empty_like(a).ravel()
             scores.score_delta(a.ravel(), b.ravel(), shape[1], expected, always, delta)
-            rows.score_points(a.ravel(), b.ravel(), shape[1], expected, *directions, always, points)
+            points.score_points(a.ravel(), b.ravel(), shape[1], expected, *directions, always, pointwise)
             own = rows_torch.score_delta(there, other, statistics[:, 0], always)
             same_bits(own.cpu().numpy().ravel(), delta)
             own = rows_torch.score_points(there, other, statistics, *directions, always)
-            same_bits(own.cpu().numpy().ravel(), points)
+            same_bits(own.cpu().numpy().ravel(), pointwise)
             counted, counts = np.zeros(select.TOP_BINS, np.int64), np.zeros(select.TOP_BINS, np.int64)
-            select.count_top(points, counted)
+            select.count_top(pointwise, counted)
             rows_torch.count_top(own, counts)
             np.testing.assert_array_equal(counts, counted)
 
@@ -113,6 +114,24 @@ def test_bits_of_close_rows(width: int, device: str) -> None:
             found, squares = rows_torch.measure_rows(on(device, x), on(device, y), *directions)
             same_bits(found, expected)
             assert rows_torch.block_energies(squares, len(x)).tolist() == [energy]
+
+
+@on_every_device
+@pytest.mark.parametrize("width", [5, 64, 300, 4097])
+def test_bits_of_rows_of_every_kind(width: int, device: str) -> None:
+    rng = np.random.default_rng(width)
+    sizes = [(x, y) for x in (0.3, 3.0, 15.0, 60.0, 250.0, 700.0) for y in (0.02, 0.5, 20.0, 700.0)]
+    reach, largest = (np.array(side)[:, None] for side in zip(*sizes, strict=True))
+    shape = (len(sizes), width)
+    a = (np.clip(rng.normal(0, 0.3, shape), -1, 1) * reach).astype("f4")
+    b = (a + np.clip(rng.normal(0, 0.3, shape), -1, 1) * largest).astype("f4")
+    for directions in DIRECTIONS:
+        expected, scored = np.empty((len(a), 3)), np.empty_like(a).ravel()
+        rows.measure_rows(a.ravel(), b.ravel(), width, *directions, expected)
+        same_bits(rows_torch.measure_rows(on(device, a), on(device, b), *directions)[0], expected)
+        points.score_points(a.ravel(), b.ravel(), width, expected, *directions, False, scored)
+        own = rows_torch.score_points(on(device, a), on(device, b), on(device, expected), *directions, False)
+        same_bits(own.cpu().numpy().ravel(), scored)
 
 
 @on_every_device

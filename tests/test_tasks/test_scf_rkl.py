@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import mergepipe
 from mergepipe.errors import MemoryBudgetError, RecipeError
 from mergepipe.pipeline.resume import decode_state, encode_state
-from mergepipe.tasks import rows, scores
+from mergepipe.tasks import exponentials, points, rows, scores
 from mergepipe.tasks.method import Array
 from support.drive import Merged, merge
 
@@ -117,7 +117,7 @@ def test_printed_scores() -> None:
     rows.measure_rows(A.ravel(), B.ravel(), 4, 1.0, 0.0, found)
     scores.score_delta(A.ravel(), B.ravel(), 4, found, False, out)
     np.testing.assert_allclose(out.reshape(3, 4), DELTA_KL, rtol=1e-10, atol=1e-19)
-    rows.score_points(A.ravel(), B.ravel(), 4, found, 1.0, 0.0, False, out)
+    points.score_points(A.ravel(), B.ravel(), 4, found, 1.0, 0.0, False, out)
     np.testing.assert_allclose(out.reshape(3, 4), POINTWISE, rtol=1e-10)
     np.testing.assert_allclose(out.reshape(3, 4).sum(1), found[:, 0], rtol=1e-12)
 
@@ -147,7 +147,7 @@ def test_printed_pointwise() -> None:
 
 def test_the_exponential() -> None:
     x = np.concatenate([np.linspace(-699, 30, 3001), np.geomspace(1e-300, 1, 301), -np.geomspace(1e-300, 1, 301)])
-    np.testing.assert_allclose([rows._expm1(v) for v in x.tolist()], np.expm1(x), rtol=1e-15)
+    np.testing.assert_allclose([exponentials.expm1((v, v, v, v))[0] for v in x.tolist()], np.expm1(x), rtol=1e-15)
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward", "sym"])
@@ -187,12 +187,61 @@ def test_divergences_of_close_rows(width: int, reach: float, step: float, direct
     assert energy == pytest.approx(float(np.square((b - a).astype("f8")).sum()), rel=1e-13)
     # What makes them close is no more than that: with one weight beyond the limit the others are measured the long way.
     if step < 0.05:
-        outside = rows.CLOSE_WEIGHT + np.float32(0.01)
+        outside = np.float32(1.01)
         longer = [np.concatenate([x, np.full((6, 1), outside, "f4")], 1) for x in (a, b)]
         long_way = np.empty((6, 1))
         rows.measure_rows(longer[0].ravel(), longer[1].ravel(), width + 1, v, w, long_way)
         x, y, _ = reference_rows(*longer)
         np.testing.assert_allclose(long_way[:, 0], np.asarray(v * x + w * y, np.float64), rtol=1e-9, atol=2e-18)
+
+
+def rows_of_a_kind(width: int, reach: float, largest: float) -> tuple[Array, Array]:
+    """Rows of float32 with weights up to `reach`, and differences up to `largest`, both of which are there."""
+    rng = np.random.default_rng(width)
+    a, d = (np.clip(rng.normal(0, limit / 3, (4, width)), -limit, limit) for limit in (reach, largest))
+    a[:, -1], d[:, 0] = reach, largest
+    a = a.astype("f4")
+    return a, (a + d).astype("f4")
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward", "sym"])
+@pytest.mark.parametrize("largest", [0.03, 0.5, 0.99, 7.0, 250.0, 700.0])
+@pytest.mark.parametrize("reach", [0.5, 3.0, 15.0, 60.0, 250.0, 700.0])
+@pytest.mark.parametrize("width", [5, 63, 64, 257, 1100])
+def test_divergences_of_every_kind(width: int, reach: float, largest: float, direction: str) -> None:
+    a, b = rows_of_a_kind(width, reach, largest)
+    v, w = weights_of(direction)
+    reverse, forward, (log_p, ratio) = reference_rows(a, b)
+    found = np.empty((4, 3))
+    rows.measure_rows(a.ravel(), b.ravel(), width, v, w, found)
+    expected = np.asarray(v * reverse + w * forward, np.float64)
+    # What is taken from each other is as large as the differences.
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-11, atol=1e-15 * max(1.0, largest))
+    d = (b - a).astype(np.longdouble)
+    np.testing.assert_allclose(found[:, 1], (a - log_p)[:, -1].astype(float), rtol=1e-11)
+    np.testing.assert_allclose(found[:, 2], (d - ratio)[:, -1].astype(float), rtol=1e-11, atol=1e-11)
+    scored, p, q = np.empty(a.size, "f4"), np.exp(log_p), np.exp(log_p + ratio)
+    points.score_points(a.ravel(), b.ravel(), width, found, v, w, False, scored)
+    exact = v * (q * ratio - q + p) + w * (p * -ratio - p + q)
+    np.testing.assert_allclose(scored.reshape(4, width), exact.astype(float), rtol=1e-6, atol=1e-12)
+
+
+def test_donors_of_every_kind_are_measured_together_as_alone() -> None:
+    width = 1100
+    a, _ = rows_of_a_kind(width, 3.0, 1.0)
+    a[1] *= 0.1
+    a[2] *= 200
+    a[3] = 0.25
+    donors = [a + (rows_of_a_kind(width, 3.0, largest)[1] - a) for largest in (0.0, 0.02, 0.8, 30.0, 600.0)]
+    donors.append(a + np.float32(0.5))
+    stored = [(v.view("u4") >> 16).astype("u2") for v in (a.ravel(), *(b.ravel() for b in donors))]
+    x, *others = [(v.astype("u4") << 16).view("f4") for v in stored]
+    found = np.empty((1, len(donors), 4 * 3 + 1))
+    assert rows.measure_stored(stored[0], tuple(stored[1:]), width, 4 * width, 0.5, 0.5, 3, found)
+    for own, y in zip(found[0], others, strict=True):
+        alone = np.empty((4, 3))
+        energy = rows.measure_rows(x, y, width, 0.5, 0.5, alone)
+        assert own.tobytes() == np.append(alone.ravel(), energy).tobytes()
 
 
 @pytest.mark.parametrize("mean", [0.001, 0.02])
