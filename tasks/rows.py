@@ -83,6 +83,9 @@ STRIP = 4 * STRIDE
 SHIFTED = 0.75
 """Share of the mean square of D that its squared mean may be where c is 0: it is what cancels."""
 
+FIRST: Any = np.int64(0)
+"""The first element, of the type of any other: for a 0 that is written out, numba compiles a loop once more."""
+
 CLOSE_TERMS = 9
 """Terms of the series in z of a close row, whose z is below 0.032."""
 
@@ -94,7 +97,7 @@ def _reach(a: Array) -> float:
     for i in range(a.size):
         largest = max(largest, np.int32(np.float32(a[i]).view(np.int32) & 0x7FFFFFFF))
     found = np.int32(largest)
-    return float(found.view(np.float32))
+    return np.float64(found.view(np.float32))
 
 
 @kernel
@@ -104,7 +107,7 @@ def _distance(a: Array, b: Array) -> float:
     for i in range(a.size):
         largest = max(largest, np.int32(np.float32(b[i] - a[i]).view(np.int32) & 0x7FFFFFFF))
     found = np.int32(largest)
-    return float(found.view(np.float32))
+    return np.float64(found.view(np.float32))
 
 
 @kernel
@@ -270,13 +273,13 @@ def _add_rest(filled: Array, end: int, kind: int, shift: float, shared: Array, r
     # And one that is not known: a loop over so few lanes would be written out, and badly.
     a, b, lanes, quarter = filled[0], filled[1], room[donor], filled.shape[1] // 16
     if kind == CLOSE:
-        _add_moments(a, b, 0, end, quarter, shared, lanes)
+        _add_moments(a, b, FIRST, end, quarter, shared, lanes)
     elif kind == NEAR:
-        _add_near(a, b, 0, end, quarter, shift, shared, lanes)
+        _add_near(a, b, FIRST, end, quarter, shift, shared, lanes)
     elif kind == FAR:
-        _add_far(a, b, 0, end, quarter, shift, shared, lanes)
+        _add_far(a, b, FIRST, end, quarter, shift, shared, lanes)
     else:
-        _add_distant(a, b, 0, end, quarter, shift, shared, lanes)
+        _add_distant(a, b, FIRST, end, quarter, shift, shared, lanes)
 
 
 @kernel
@@ -352,7 +355,7 @@ def _add_up(
     if rest:
         stop = -(-rest // LANES) * LANES
         _fill(a, whole, stop, filled[0])
-        _weigh(filled[0], 0, stop, LANES // 4, reach, level, shared)
+        _weigh(filled[0], FIRST, stop, LANES // 4, reach, level, shared)
         for i in range(rest, stop):
             shared[np.uintp(i)] = 0.0
         for j in range(len(b)):
@@ -449,13 +452,13 @@ def measure_extremes(a: Array, b: Array, out: Array) -> None:
     out[0], out[1], out[3], out[4], out[5] = top_a.max(), top_b.max(), low.min(), high.max(), reach.max()
     lanes, filled = np.zeros(2 * LANES + 2), np.empty((2, STRIDE), a.dtype)
     whole = a.size // STRIDE * STRIDE
-    _add_differences(a, b, 0, whole, LANES, lanes)
+    _add_differences(a, b, FIRST, whole, LANES, lanes)
     rest = a.size - whole
     if rest:
         stop = -(-rest // LANES) * LANES
         _fill(a, whole, stop, filled[0])
         _fill(b, whole, stop, filled[1])
-        _add_differences(filled[0], filled[1], 0, stop, LANES // 4, lanes)
+        _add_differences(filled[0], filled[1], FIRST, stop, LANES // 4, lanes)
     _halve(lanes, 0, 2, 2 * LANES)
     out[2], out[6] = lanes[2 * LANES], lanes[2 * LANES + 1]
 
@@ -612,7 +615,7 @@ def _decode(bits: Array, out: Array) -> float:
         largest = max(largest, np.int32(stored & 0x7FFF))
         out[i] = np.int32(stored << 16).view(np.float32)
     found = np.int32(largest << 16)
-    return float(found.view(np.float32))
+    return np.float64(found.view(np.float32))
 
 
 @kernel
@@ -626,7 +629,7 @@ def _decode_donor(bits: Array, a: Array, out: Array) -> tuple[bool, float]:
         largest = max(largest, np.int32(np.float32(value - a[i]).view(np.int32) & 0x7FFFFFFF))
         out[i] = value
     found = np.int32(largest)
-    return bool(worst < 0x7F80), float(found.view(np.float32))
+    return bool(worst < 0x7F80), np.float64(found.view(np.float32))
 
 
 @kernel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import Any
 
@@ -298,12 +297,12 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
     assert not fused_counts.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
     zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
     assert not fused_counts.count_near(base, rows, zero, zero, counts)
-    least = (0.1, 0.1)
-    for each, marks in itertools.product((weights, ones, (0.3, -0.7)), (None, np.zeros(3001, np.uint8))):
+    assert not fused.agree(base, rows, None, weights, (0.1, 0.1), ones, None, True, 1.0, out)
+    assert not fused.add(base, rows, None, weights, (0.1, 0.1), ones, None, 1.0, 1.0, out)
+    none, opposed = np.zeros(3001, np.uint8), (0.3, -0.7)
+    for each, marks in ((weights, None), (weights, none), (opposed, None), (opposed, none), (ones, None)):
         assert not fused.agree(base, rows, marks, each, zeros, None, None, True, 1.0, out)
-        assert not fused.agree(base, rows, marks, each, least, ones, None, True, 1.0, out)
         assert not fused.add(base, rows, marks, each, zeros, None, None, 1.0, 1.0, out)
-        assert not fused.add(base, rows, marks, each, least, ones, None, 1.0, 1.0, out)
     for divisor in (1.0, 2.0, np.inf):
         assert fused.weigh(rows, weights, divisor, out) == (model < 0)
 
