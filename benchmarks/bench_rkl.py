@@ -138,7 +138,7 @@ def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
         measure = partial(rows.measure_stored, stored[0], donors, 4096, a.size, 1.0, 0.0, 1, found)
         elements = 16 * a.size * len(donors)
         times = nanoseconds(lambda measure=measure: [measure() for _ in range(16)], elements, repeats)  # type: ignore[misc]
-        report.add(f"row divergence{what}, stored rows of 4096, {len(donors)} donors", times, "ns")
+        report.add(f"row divergence{what}, stored rows of 4096, donors: {len(donors)}", times, "ns")
 
 
 def report_merge(report: Report, fusion: Fusion, memcpy: float, repeats: int) -> None:
