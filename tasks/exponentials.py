@@ -95,15 +95,8 @@ def grow(x: Any) -> Any:
 
 
 @inlined_late
-def expm1(x: Any) -> Any:
-    """exp(x) - 1, within a few units of the last place."""
-    power, r, q = grow(x)
-    return plus(times(power, plus(r, q)), less(power, four(1.0)))
-
-
-@inlined_late
 def exp(x: Any) -> Any:
-    """exp(x), likewise."""
+    """exp(x), within a few units of the last place."""
     power, r, q = grow(x)
     return plus(power, times(power, plus(r, q)))
 

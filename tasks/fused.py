@@ -63,17 +63,14 @@ def agree(
     factors : tuple of float, or None
         None where all are 1.
     weights, least, normalize, scale
-        As for the other.
+        As for the other; weights and factors with which no term :func:`vanishes`.
 
     Returns
     -------
     bool
-        False if a stored value or a delta is not finite, a result does not fit, or a weight or factor is next to
-        nothing; `out` is of no use then.
+        False if a stored value or a delta is not finite, or a result does not fit; `out` is of no use then.
     """
     share = _share(weights, factors, scale)
-    if share == 0.0:
-        return False
     # Sums of terms of one weight are so many times theirs without it, and so are those of weights.
     scale = scale if share is None or normalize else scale * share
     given = (weights if share is None else None), least, most, factors, normalize, scale
@@ -94,8 +91,6 @@ def add(
 ) -> bool:
     """As :func:`mergepipe.tasks.kernels.add_few`, from bits to bits; parameters and result as for :func:`agree`."""
     share = _share(weights, factors, scale)
-    if share == 0.0:
-        return False
     if share is not None and divisor == 1.0:
         scale *= share
     elif share is not None:
@@ -104,14 +99,20 @@ def add(
     return _by_words(base, rows, marks, out, partial(_add, *given))
 
 
+def vanishes(weights: Scalars, factors: Scalars | None) -> bool:
+    """Whether a delta that is not zero may make a term that is, though neither weight nor factor is.
+
+    Such a term agrees with nobody; the loops, which look at signs alone, would count it.
+    """
+    pairs = zip(weights, factors or (1.0,) * len(weights), strict=True)
+    return any(0.0 < abs(number) < LEAST_FACTOR for weight, factor in pairs for number in (factor, weight * factor))
+
+
 def _share(weights: Scalars, factors: Scalars | None, scale: float) -> float | None:
     """The weight of all models, where the loops can do without: a power of two, which changes no digit of a term.
 
-    None where they can't, and 0 if there is a weight or factor with which a term may vanish.
+    None where they can't.
     """
-    pairs = zip(weights, factors or (1.0,) * len(weights), strict=True)
-    if any(0.0 < abs(number) < LEAST_FACTOR for weight, factor in pairs for number in (factor, weight * factor)):
-        return 0.0
     share = weights[0]
     plain = factors is None and weights.count(share) == len(weights) and math.frexp(share)[0] == 0.5 and share <= 1.0
     # With a smaller scale, the product of the two might lose digits.

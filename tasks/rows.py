@@ -368,7 +368,7 @@ def _add_up(
 
 
 @kernel
-def finish_close(moments: Array, reverse: float, forward: float, out: Array) -> bool:
+def _finish_close(moments: Array, reverse: float, forward: float, out: Array) -> bool:
     """:data:`STATISTICS` of a close row from its :data:`MOMENTS`; False, with `out` undefined, if too much cancels."""
     total = moments[0]
     mean, spread = moments[1] / total, moments[2] / total
@@ -416,7 +416,7 @@ def _finish_sums(
 def finish_once(moments: Array, kind: int, width: int, reverse: float, forward: float, out: Array) -> bool:
     """:data:`STATISTICS` of a row that was read once; False, with `out` undefined, if too much cancels."""
     if kind == CLOSE:
-        return finish_close(moments, reverse, forward, out)
+        return _finish_close(moments, reverse, forward, out)
     mean = moments[4] / width
     if mean * mean > SHIFTED * (moments[5] / width):
         return False

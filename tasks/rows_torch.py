@@ -38,7 +38,7 @@ PART_ELEMENTS = 1 << 22
 """Elements of a batch at the most. On the device it takes about a hundred bytes for each: 0.4 GiB for each lane."""
 
 
-def _grow(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def grow(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`mergepipe.tasks.exponentials.grow`, for a float64 tensor."""
     import torch
 
@@ -62,19 +62,9 @@ def _second(x: torch.Tensor, terms: tuple[float, ...]) -> torch.Tensor:
     return even.mul_(square)
 
 
-def expm1(x: torch.Tensor) -> torch.Tensor:
-    """exp(x) - 1 for a float64 tensor: bit for bit that of :mod:`mergepipe.tasks.exponentials`."""
-    power, r, q = _grow(x)
-    r += q
-    r *= power
-    power -= 1.0
-    r += power
-    return r
-
-
 def exp(x: torch.Tensor) -> torch.Tensor:
-    """exp(x), likewise."""
-    power, r, q = _grow(x)
+    """As :func:`mergepipe.tasks.exponentials.exp`, for a float64 tensor."""
+    power, r, q = grow(x)
     r += q
     r *= power
     r += power
@@ -283,7 +273,7 @@ def _points(a: torch.Tensor, d: torch.Tensor, found: torch.Tensor, reverse: floa
 
     r = d.to(torch.float64) - found[:, 2:3]
     p = exp(a.to(torch.float64) - found[:, 1:2])
-    power, rest, q = _grow(r)
+    power, rest, q = grow(r)
     growth = power * (rest + q) + (power - 1.0)
     small = reverse * (r * r + (r - 1.0) * q) + forward * q
     large = (reverse * (growth * (r - 1.0) + r) + forward * (growth - r)).clamp_(min=0.0)
@@ -297,7 +287,7 @@ def _huge_points(a: torch.Tensor, d: torch.Tensor, found: torch.Tensor, reverse:
     limit = exponentials.LIMIT
     r, log_p = d.to(torch.float64) - found[:, 2:3], a.to(torch.float64) - found[:, 1:2]
     p, other = exp(log_p.clamp(min=-limit)), exp((log_p + r).clamp(min=-limit))
-    power, _, q = _grow(r.clamp(-limit, limit))
+    power, _, q = grow(r.clamp(-limit, limit))
     small = p * (reverse * (r * r + (r - 1.0) * q) + forward * q)
     large = (reverse * (other * r - other + p) + forward * (other - p - p * r)).clamp_(min=0.0)
     return torch.where(power == 1.0, small, large)

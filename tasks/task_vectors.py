@@ -122,6 +122,8 @@ def stored_within(job: Job, state: State, bounds: Bounds) -> StoredKernel | None
     weights = tuple(float(params["weight"]) for params in job.model_params)
     least, most, factors, chance = bounds.least, bounds.most, bounds.factors, bounds.draw
     scales = None if set(factors) == {1.0} else factors
+    if fused.vanishes(weights, scales):
+        return None
 
     def run(rows: Sequence[Array], out: Array, marks: Array | None = None) -> bool:
         base, models = rows[0], tuple(rows[1:])

@@ -153,10 +153,15 @@ def test_a_scale_that_would_lose_digits() -> None:
 
 def test_terms_that_vanish_are_for_the_general_way() -> None:
     """There they agree with nobody; the loops would count them."""
-    base, row, out = as_bits([0.0]), as_bits([1.0]), np.empty(1, np.uint16)
     for weights, factors in (((1e-6,), None), ((1e3,), (-1e-6,)), ((0.003,), (0.003,))):
-        assert not fused.agree(base, (row,), None, weights, (0.0,), None, factors, True, 1.0, out)
-        assert not fused.add(base, (row,), None, weights, (0.0,), None, factors, 1.0, 1.0, out)
+        assert fused.vanishes(weights, factors)
+    assert not fused.vanishes((0.0, fused.LEAST_FACTOR, -1.0), None)
+    for method in ("ties", "task_arithmetic"):
+        for weight in (1e-6, 1e-4):
+            found, job = make_job(method, (4,), "f4", [{"weight": 1.0}, {"weight": weight}])
+            assert (found.stored(job, {"thresholds": np.ones(2), "_factors": np.ones(2)}) is None) == (
+                weight < fused.LEAST_FACTOR
+            )
 
 
 @pytest.mark.parametrize("marked", [False, True])
