@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -43,6 +43,9 @@ def test_breadcrumbs_against_reference(data: Any, work: str, density: float, gam
     delta = data.draw(
         hnp.arrays(work, hnp.array_shapes(max_dims=2, max_side=12), elements=few | st.floats(-2, 2, width=32))
     )
+    left = np.abs(reference_more.breadcrumbs(delta.astype("f8"), density, gamma, False)).sum()
+    # A factor beyond the working type makes a result that is not finite, which is an error of its own.
+    assume(left == 0 or np.abs(delta.astype("f8")).sum() / float(np.finfo(work).max) <= left / 2)
     out, _ = thinned(delta, {"method": "breadcrumbs", "density": density, "gamma": gamma, "rescale": rescale})
     expected = reference_more.breadcrumbs(delta.astype("f8"), density, gamma, rescale)
     np.testing.assert_allclose(out, expected, rtol=1e-6 if work == "f4" else 1e-14)
