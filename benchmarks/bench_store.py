@@ -3,7 +3,7 @@
 The virtual store serves the chunks of a base and its experts to `get()`, one call after another, and a kernel works on
 them; its yardstick are the same bytes in one map per file, as `numpy.memmap` makes it, under the same kernel. The
 kernels are `ties` with its exact thresholds, as a merge runs it, and `linear`, the lightest of all, behind which
-nothing can hide. *Warm* has all files in the page cache, where `get()` copies and a map does not; *cold* has nothing.
+nothing can hide and which takes no base. *Warm* has all files in the page cache; *cold* has nothing.
 
 The readers hand the same windows to nobody; their yardsticks read whole files in reused memory: past the page cache in
 pieces of 8 MiB, in as many threads as the reader has and in one, as `dd` does, and through it in pieces of 128 KiB, as
@@ -35,6 +35,7 @@ from mergepipe.storage.manifest import ChunkManifest, Segment, virtual_manifest
 from mergepipe.storage.readers import MmapReader, Reader
 from mergepipe.storage.virtual import VirtualStore
 from mergepipe.tasks.method import Array
+from mergepipe.tasks.registry import METHODS
 
 CAT_PIECE = 128 << 10
 BUFFERS = 128 << 20
@@ -64,7 +65,9 @@ def main(
         report.add("inputs", sum(file.stat().st_size for file in files) / 1e9, "GB")
         stores = [VirtualStore(manifest) for manifest in manifests]
         for method in ("ties", "linear"):
-            report_stores(report, Work(method, density), stores, chunks, files, repeats)
+            first = 0 if METHODS[method].base == "required" else 1
+            taken = [(key, segments[first:]) for key, segments in chunks]
+            report_stores(report, Work(method, density), stores[first:], taken, files, repeats)
         for store in stores:
             store.close()
         report_readers(report, chunks, files, repeats)
@@ -89,7 +92,9 @@ class Work:
         self._merges: dict[int, Merge] = {}
 
     def __call__(self, streams: list[Array]) -> Array:
-        """The merged chunk, in memory that the next call uses again."""
+        """The merged chunk of the streams that the method takes, in memory that the next call uses again."""
+        if METHODS[self.method].base != "required":
+            streams = [streams[0], *streams]  # the place of the base, which nobody looks at
         size = streams[0].size
         if size not in self._merges:
             self._merges[size] = Merge(self.method, streams, self._density)

@@ -30,6 +30,7 @@ from mergepipe.storage.manifest import Segment
 U8 = NDArray[np.uint8]
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
+_PROBE_BYTES = 512 * 1024
 _MAX_CALL = 1 << 30  # Linux moves at most 2 GiB - 4 KiB per call
 
 
@@ -296,11 +297,34 @@ def filled_map(fd: int, segment: Segment) -> mmap.mmap:
     CheckpointError
         If the device fails.
     """
-    check_size(fd, segment)
-    skip = segment.offset % mmap.ALLOCATIONGRANULARITY
-    mapping = mmap.mmap(fd, segment.length + skip, access=mmap.ACCESS_READ, offset=segment.offset - skip)
+    mapping = new_map(fd, segment)
     _populate(mapping, fd, segment)
     return mapping
+
+
+def new_map(fd: int, segment: Segment) -> mmap.mmap:
+    """The same map with no page asked for; raises :class:`ShortReadError` likewise."""
+    check_size(fd, segment)
+    skip = segment.offset % mmap.ALLOCATIONGRANULARITY
+    return mmap.mmap(fd, segment.length + skip, access=mmap.ACCESS_READ, offset=segment.offset - skip)
+
+
+def in_page_cache(fd: int, segment: Segment) -> bool:
+    """Whether the page cache holds a segment, as far as one byte in every 512 KiB tells; False where nobody knows.
+
+    The kernel drops what it has read in runs far longer than that, so a segment of which a part is missing all the same
+    is rare: its pages are read when they are touched.
+    """
+    if sys.platform != "linux":
+        return False
+    last = segment.offset + segment.length - 1
+    into = [bytearray(1)]
+    try:
+        return all(
+            os.preadv(fd, into, offset, os.RWF_NOWAIT) for offset in (*range(segment.offset, last, _PROBE_BYTES), last)
+        )
+    except OSError:  # EAGAIN, it would have to wait; or a file system that can't tell
+        return False
 
 
 def mapped_bytes(mapping: mmap.mmap, segment: Segment) -> U8:

@@ -7,8 +7,9 @@ manifest names.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from mergepipe.storage import zdtype
 from mergepipe.storage.chunks import grid_shape
 from mergepipe.storage.hierarchy import chunk_bytes, chunk_keys, hierarchy_documents
 from mergepipe.storage.manifest import ChunkManifest, ManifestArray, Segment
-from mergepipe.storage.readers import U8, Descriptors, filled_map, mapped_bytes
+from mergepipe.storage.readers import U8, Descriptors, filled_map, in_page_cache, mapped_bytes, new_map
 
 MAPPED_BYTES = 256 * 1024
 """Chunks, and parts of them, from this size on are mapped; below it, a copy costs no more than a map does."""
@@ -39,11 +40,11 @@ class VirtualStore(Store):
 
     Notes
     -----
-    A whole chunk is a read-only window onto the page cache, which the kernel has filled before anybody sees it: no byte
-    is copied, and a truncated file is an error. As with any map, one that is truncated while somebody holds a chunk of
-    it kills the process when the lost pages are touched, and what is written into it shows. Whoever reads arrays
-    through zarr holds no chunks: zarr copies them into arrays of its own at once. Small chunks, padded ones, whose
-    missing part reads as zeros, and those at odd places are copied.
+    A whole chunk is a read-only window onto the page cache, into which the kernel has read it before anybody sees it:
+    no byte is copied, and a truncated file is an error. As with any map, one that is truncated while somebody holds a
+    chunk of it kills the process when the lost pages are touched, and what is written into it shows. Whoever reads
+    arrays through zarr holds no chunks: zarr copies them into arrays of its own at once. Small chunks, padded ones,
+    whose missing part reads as zeros, and those at odd places are copied.
 
     Examples
     --------
@@ -91,7 +92,7 @@ class VirtualStore(Store):
         if (found := self._find(key)) is None:
             return None
         start, stop = _limits(byte_range, chunk_bytes(found[0]))
-        values = await asyncio.to_thread(self._read, *found, start, stop)
+        values = await self._read(self._segment(*found, start, stop), stop - start)
         return prototype.buffer.from_array_like(values)
 
     async def get_partial_values(
@@ -114,21 +115,31 @@ class VirtualStore(Store):
             number = number * count + int(part)
         return array, number
 
-    def _read(self, array: ManifestArray, number: int, start: int, stop: int) -> U8:
-        valid = min(max(int(array.lengths[number]) - start, 0), stop - start)
+    def _segment(self, array: ManifestArray, number: int, start: int, stop: int) -> Segment:
+        """Where a part of a chunk lies; the chunk's padding lies nowhere."""
         path = self._manifest.files[array.files[number]].path
-        segment = Segment(path, int(array.offsets[number]) + start, valid)
-        if valid == stop - start >= MAPPED_BYTES and segment.offset % 8 == 0:
-            with suppress(OSError):  # somebody holds so many chunks that there is no descriptor or map left
-                return self._map(segment)
-        out = np.empty(stop - start, np.uint8)
-        self._descriptors.read_into(segment, out[:valid].data)
-        out[valid:] = 0
-        return out
+        valid = min(max(int(array.lengths[number]) - start, 0), stop - start)
+        return Segment(path, int(array.offsets[number]) + start, valid)
 
-    def _map(self, segment: Segment) -> U8:
+    async def _read(self, segment: Segment, size: int) -> U8:
+        # A thread is for what may wait for the disk: to have one do a little takes longer than the little.
+        if not self._is_cached(segment):
+            return await asyncio.to_thread(self._fetch, segment, size, filled_map)
+        return self._fetch(segment, size, new_map)
+
+    def _is_cached(self, segment: Segment) -> bool:
         with self._descriptors.borrow(segment.path) as fd:
-            return mapped_bytes(filled_map(fd, segment), segment)
+            return in_page_cache(fd, segment)
+
+    def _fetch(self, segment: Segment, size: int, map_of: Callable[[int, Segment], mmap.mmap]) -> U8:
+        if segment.length == size >= MAPPED_BYTES and segment.offset % 8 == 0:
+            # It fails if somebody holds so many chunks that there is no descriptor or map left.
+            with suppress(OSError), self._descriptors.borrow(segment.path) as fd:
+                return mapped_bytes(map_of(fd, segment), segment)
+        out = np.empty(size, np.uint8)
+        self._descriptors.read_into(segment, out[: segment.length].data)
+        out[segment.length :] = 0
+        return out
 
     async def exists(self, key: str) -> bool:
         """Whether there is such a key."""

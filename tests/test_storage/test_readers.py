@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from mergepipe.errors import CheckpointError, CheckpointNotFoundError, ShortReadError
 from mergepipe.storage.manifest import Segment
-from mergepipe.storage.readers import Descriptors, MmapReader, Reader
+from mergepipe.storage.readers import Descriptors, MmapReader, Reader, in_page_cache
 
 SIZE = 100_003
 
@@ -191,3 +193,36 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path: Path, reader: Mma
     del window
     assert peak < 3 * step
     assert resident_file_pages() - before < step
+
+
+@pytest.mark.parametrize("missing", [None, 4096, 2**20, 2**22, 2**22 + 4095])
+def test_what_the_page_cache_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int | None) -> None:
+    """One place that would have to wait for the disk is enough: the first, the last, or one every 512 KiB."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**23))
+
+    def read(fd: int, into: list[bytearray], offset: int, flags: int) -> int:
+        assert flags == os.RWF_NOWAIT
+        assert offset < 2**22 + 4096
+        if offset == missing:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return len(into[0])
+
+    with monkeypatch.context() as patch, open(path, "rb") as file:
+        patch.setattr(os, "preadv", read)
+        found = [in_page_cache(file.fileno(), Segment(str(path), start, 2**22)) for start in (0, 4096)]
+    assert found == [missing != 2**20, missing not in (4096, 2**22 + 4095)]
+
+
+def test_what_was_dropped_is_not_in_the_page_cache(tmp_path: Path) -> None:
+    if subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True).stdout == "tmpfs\n":
+        pytest.skip("tmpfs drops nothing")
+    with open(tmp_path / "file", "w+b") as file:
+        file.write(bytes(2**22))
+        file.flush()
+        os.fsync(file.fileno())
+        segment = Segment(file.name, 4096, 2**22 - 4096)
+        if not in_page_cache(file.fileno(), segment):
+            pytest.skip("the file system doesn't tell what is in the page cache")
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert not in_page_cache(file.fileno(), segment)

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from zarr.core.sync import sync
 from zarr.dtype import data_type_registry
 
 from mergepipe.errors import CheckpointNotFoundError, ShortReadError, WorkspaceError
-from mergepipe.storage import readers, zdtype
+from mergepipe.storage import readers, virtual, zdtype
 from mergepipe.storage.checkpoint import open_checkpoint
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.kerchunk import write_references
-from mergepipe.storage.manifest import ChunkManifest, virtual_manifest
+from mergepipe.storage.manifest import ChunkManifest, Segment, virtual_manifest
 from mergepipe.storage.virtual import VirtualStore, open_store
 from support.shards import CHUNK, SHAPES, write_shard, write_sharded
 
@@ -167,9 +168,12 @@ def chunk_of(store: VirtualStore, key: str) -> np.ndarray[Any, Any]:
     return np.asarray(found.as_numpy_array())
 
 
-@pytest.fixture
-def large(tmp_path: Path) -> tuple[ChunkManifest, dict[str, bytes]]:
-    """Two tensors of two chunks of 2 MiB each; one begins at an odd place."""
+@pytest.fixture(params=["cached", "not cached"])
+def large(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ChunkManifest, dict[str, bytes]]:
+    """Two tensors of two chunks of 2 MiB each, one at an odd place; the page cache is said to hold them or not."""
+    monkeypatch.setattr(virtual, "in_page_cache", lambda *_: request.param == "cached")
     data = write_shard(
         tmp_path / "model.safetensors", {"w": ("U8", (4, 2**20)), "x": ("U8", (3,)), "y": ("U8", (4, 2**20))}
     )
@@ -189,6 +193,26 @@ def test_whole_chunks_are_windows_onto_the_file(large: tuple[ChunkManifest, dict
         file.write(bytes([second[5] ^ 255]))
     assert second[5] == data["w"][2**21 + 5] ^ 255
     assert first.tobytes() == data["w"][: 2**21]
+
+
+def test_only_what_may_wait_for_the_disk_is_left_to_a_thread(
+    large: tuple[ChunkManifest, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def remember(fd: int, segment: Segment) -> None:
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(readers, "check_size", remember)
+    store = VirtualStore(large[0])
+
+    async def both() -> None:
+        for key in ("w/c.0.0", "y/c.0.0"):
+            await store.get(key, default_buffer_prototype())
+
+    asyncio.run(both())
+    cached = virtual.in_page_cache(-1, Segment("", 0, 1))
+    assert [thread is threading.current_thread() for thread in threads] == [cached, cached]
 
 
 def test_chunks_at_odd_places_are_copied(large: tuple[ChunkManifest, dict[str, bytes]]) -> None:
@@ -292,7 +316,7 @@ import json, sys
 import zarr
 from fsspec.implementations.reference import ReferenceFileSystem
 from zarr.storage import FsspecStore
-from mergepipe.storage import readers, zdtype
+from mergepipe.storage import zdtype
 zdtype.register()
 with open(sys.argv[1]) as file:
     fs = ReferenceFileSystem(json.load(file), asynchronous=True)
