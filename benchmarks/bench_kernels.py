@@ -2,7 +2,8 @@
 
 The yardsticks, in the same run: the memory roof, which is the exclusive or of the same bf16 streams written to one
 output, for everything that maps inputs to an output; and `torch.topk` of the magnitudes of one float32 delta for the
-exact threshold.
+exact threshold. Where streams lie matters to both, kernel and roof: they lie as the direct reader puts the windows of
+one unit after another, and kernel and roof take turns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numba
 import numpy as np
 
 from benchmarks.report import Report, common_options
+from mergepipe.storage.direct import SLACK_BYTES, Arena
 from mergepipe.tasks import convert
 from mergepipe.tasks.blocks import BLOCK_ELEMENTS, Blocks
 from mergepipe.tasks.kept_norms import KeptNorms, thinning
@@ -62,6 +64,8 @@ class Merge:
     def take(self, streams: list[Array]) -> None:
         """Work on other streams of the same length from now on: the base first, whether the method takes it or not."""
         self.streams = streams if self.method.base == "required" else streams[1:]
+        length = len(streams[0]) if streams else 0
+        self.units = [[stream[start : start + UNIT] for stream in self.streams] for start in range(0, length, UNIT)]
 
     def reduce(self) -> None:
         """All sweeps: exact thresholds, where the method takes them."""
@@ -88,12 +92,13 @@ class Merge:
 
     def by_units(self, stored: Callable[[list[Array], Any, Blocks], bool], out: Array | Accumulator) -> bool:
         """Hand a kernel of stored bits one unit after another; an output of the tensor's size is cut likewise."""
-        for start in range(0, self.out.size, UNIT):
-            part = slice(start, start + UNIT)
-            blocks = start // BLOCK_ELEMENTS, -(-min(part.stop, self.out.size) // BLOCK_ELEMENTS)
-            into = out if isinstance(out, Accumulator) else out[part]
-            if not stored([stream[part] for stream in self.streams], into, blocks):
+        start = 0
+        for windows in self.units:
+            stop = start + len(windows[0])
+            into = out if isinstance(out, Accumulator) else out[start:stop]
+            if not stored(windows, into, (start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS))):
                 return False
+            start = stop
         return True
 
     def apply_tiles(self) -> None:
@@ -134,6 +139,19 @@ def random_streams(size: int, models: int) -> list[Array]:
     ]
 
 
+def as_read(units: list[list[Array]]) -> list[list[Array]]:
+    """The windows of all units where the direct reader puts them: one after another in its arena."""
+    arena = Arena(sum(window.nbytes + SLACK_BYTES for windows in units for window in windows))
+    placed = []
+    for windows in units:
+        placed.append(list(windows))
+        for number, window in enumerate(windows):
+            start = arena.take(window.nbytes + SLACK_BYTES)
+            placed[-1][number] = arena.bytes[start : start + window.nbytes].view(window.dtype)
+            placed[-1][number][:] = window
+    return placed
+
+
 def _bits(values: Array) -> Array:
     out = np.empty(values.size, np.uint16)
     convert.encode(values, "BF16", out)
@@ -142,12 +160,19 @@ def _bits(values: Array) -> Array:
 
 def nanoseconds(work: Callable[[], Any], elements: int, repeats: int) -> list[float]:
     """CPU time of this thread per element, after one call that is not timed: what neighbours take counts for less."""
-    work()
-    times = []
-    for _ in range(repeats):
-        began = time.thread_time()
+    return in_turn([work], elements, repeats)[0]
+
+
+def in_turn(works: list[Callable[[], Any]], elements: int, repeats: int) -> list[list[float]]:
+    """The same of several pieces of work, one after another each time, so that they see the same machine."""
+    for work in works:
         work()
-        times.append(1e9 * (time.thread_time() - began) / elements)
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for work, took in zip(works, times, strict=True):
+            began = time.thread_time()
+            work()
+            took.append(1e9 * (time.thread_time() - began) / elements)
     return times
 
 
@@ -173,29 +198,37 @@ def main(
 
 def report_roofed(report: Report, streams: list[Array], density: float, repeats: int) -> None:
     """Everything that maps inputs to an output, against the memory roof."""
-    out = np.empty_like(streams[0])
-    roofs = {}
-    for count in (len(streams) - 1, len(streams)):
-        times = nanoseconds(partial(_xor, tuple(streams[:count]), out), out.size, repeats)
-        roofs[count] = report.add(f"memory roof, xor of {count} streams", times, "ns")
+    size = len(streams[0])
     for name in ("linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties"):
         merge = Merge(name, streams, density)
         merge.reduce()
         if merge.state:
-            report.add(f"{name}: sweeps", nanoseconds(merge.reduce, out.size, repeats), "ns")
-        roof = roofs[len(merge.streams)]
-        ours = report.add(f"{name}: kernel", nanoseconds(merge.apply, out.size, repeats), "ns")
-        report.add(f"{name}: kernel / memory roof", ours / roof, "x")
+            report.add(f"{name}: sweeps", nanoseconds(merge.reduce, size, repeats), "ns")
+        merge.units = as_read(merge.units)
+        kernel, roof = in_turn([merge.apply, partial(xor, merge)], size, repeats)
+        report.add(f"{name}: kernel", kernel, "ns")
+        report.add(f"{name}: memory roof, xor of {len(merge.streams)} streams", roof, "ns")
+        report.add(f"{name}: kernel / memory roof", [one / other for one, other in zip(kernel, roof, strict=True)], "x")
         if name == "ties":
             other = Merge(name, streams, density, 0.3)
             other.reduce()
-            times = nanoseconds(other.apply, out.size, repeats)
+            other.units = merge.units
+            times = nanoseconds(other.apply, size, repeats)
             report.add(f"{name}: kernel, weights that are no power of two", times, "ns")
-        report.add(f"{name}: tile by tile", nanoseconds(merge.apply_tiles, out.size, repeats), "ns")
+        report.add(f"{name}: tile by tile", nanoseconds(merge.apply_tiles, size, repeats), "ns")
         if name == "dare_ties":
-            report.add(f"{name}: norms around the drop", nanoseconds(merge.reduce, out.size, repeats), "ns")
+            report.add(f"{name}: norms around the drop", nanoseconds(merge.reduce, size, repeats), "ns")
         if name == "ties":
-            report.add(f"{name}: norms of what is kept", nanoseconds(merge.measure, out.size, repeats), "ns")
+            report.add(f"{name}: norms of what is kept", nanoseconds(merge.measure, size, repeats), "ns")
+
+
+def xor(merge: Merge) -> None:
+    """The exclusive or of the streams of a merge, in the place of what it makes of them."""
+    start = 0
+    for windows in merge.units:
+        stop = start + len(windows[0])
+        _xor(tuple(windows), merge.out[start:stop])
+        start = stop
 
 
 def report_threshold(report: Report, streams: list[Array], density: float, repeats: int) -> None:
