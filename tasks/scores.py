@@ -142,7 +142,7 @@ def rounded_up(thresholds: Array) -> Array:
     """
     with np.errstate(over="ignore"):
         nearest = thresholds.astype(np.float32)
-    found: Array = np.where(nearest < thresholds, np.nextafter(nearest, np.float32(math.inf)), nearest)
+        found: Array = np.where(nearest < thresholds, np.nextafter(nearest, np.float32(math.inf)), nearest)
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergepipe.tasks import convert, scores
@@ -235,6 +236,7 @@ def test_many_donors(donors: int) -> None:
 
 
 @given(st.floats(), st.floats(width=32))
+@example(3.402823364973241e38, math.inf)  # infinity is next in float32
 def test_what_reaches_a_threshold_reaches_it_rounded_up(threshold: float, score: float) -> None:
     least = scores.rounded_up(np.array([threshold]))
     assert least.dtype == np.float32
