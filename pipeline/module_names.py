@@ -132,14 +132,13 @@ def _largest_count(value: Any, key: str = "") -> int:
     return value if counts else 0
 
 
-def _answer() -> None:
+def _answer(question: str) -> str:
     """The other end of :func:`module_names`."""
-    asked = json.load(sys.stdin)
+    asked = json.loads(question)
     namer = module_namer(asked["config"], asked["names"])
     called = {name: namer(name) for name in asked["names"]} if namer is not None else {}
-    renamed = {name: found for name, found in called.items() if found not in (None, name)}
-    sys.stdout.write(json.dumps(renamed) + "\n")
+    return json.dumps({name: found for name, found in called.items() if found not in (None, name)})
 
 
 if __name__ == "__main__":
-    _answer()
+    sys.stdout.write(_answer(sys.stdin.read()) + "\n")

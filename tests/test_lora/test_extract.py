@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from mergepipe import errors
 from mergepipe.cli.main import main
+from mergepipe.pipeline import module_names
 from mergepipe.pipeline.events import Event, TensorFinished
 from mergepipe.pipeline.extract import Extracted, extract_lora, projected_bytes
 from mergepipe.pipeline.lora import ADAPTER_NAME, parts_of
@@ -36,6 +37,13 @@ CLASSES = {
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # peft and transformers
+
+
+@pytest.fixture(autouse=True)
+def names_are_asked_for_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own would import transformers for seconds; of one test, whose names differ, it does."""
+    if request.function is not test_modules_that_transformers_calls_otherwise_than_files_do:
+        monkeypatch.setattr(module_names, "_ask", lambda question: json.loads(module_names._answer(question)))
 
 
 def write_gpt2(folder: Path) -> Family:
