@@ -6,6 +6,7 @@ Run by :mod:`tests.crash.conftest`, with the tests folder on the path.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -124,6 +125,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_job(Path(folder))
         mergepipe.run(build_job(Path(folder)))
+    # A child that collects would write into every object it has from here, and copy the pages.
+    gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
