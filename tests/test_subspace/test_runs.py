@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,20 @@ SHAPES = {
 }
 
 
+@cache
+def values_of(number: int) -> dict[str, np.ndarray[Any, Any]]:
+    """The base, or an expert near it."""
+    draw = np.random.default_rng(number)
+    drawn = {name: draw.standard_normal(shape) for name, shape in SHAPES.items()}
+    return {name: values_of(0)[name] + 0.1 * values for name, values in drawn.items()} if number else drawn
+
+
 def write(folder: Path, dtype: Any = np.float16, models: int = 3, **extra: Any) -> Path:
     """A base and experts near it, and a recipe; a few megabytes."""
     for number in range(models + 1):
         target = folder / ("base" if number == 0 else f"expert-{number}")
         target.mkdir(parents=True)
-        rng, parent = np.random.default_rng(number), np.random.default_rng(0)
-        tensors = {}
-        for name, shape in SHAPES.items():
-            values = parent.standard_normal(shape)
-            if number:
-                values = values + 0.1 * rng.standard_normal(shape)
-            tensors[name] = values.astype(dtype)
+        tensors = {name: values.astype(dtype) for name, values in values_of(number).items()}
         save_file(tensors, target / "model.safetensors", {"format": "pt"})
         (target / "config.json").write_text(json.dumps({"model_type": "tiny"}))
     recipe = {
@@ -71,10 +74,24 @@ def tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     return load_file(folder / "model.safetensors")
 
 
-def task_vectors(folder: Path, name: str, models: int = 3) -> tuple[Any, list[Any]]:
-    base = tensors(folder / "base")[name].astype(np.float32)
-    deltas = [tensors(folder / f"expert-{number}")[name].astype(np.float32) - base for number in range(1, models + 1)]
-    return base.astype(np.float64), [delta.astype(np.float64) for delta in deltas]
+def task_vectors(name: str, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
+    """A tensor of the base and what is added to it, as they are stored."""
+    work = np.float64 if dtype is np.float64 else np.float32
+    base, *experts = (values_of(number)[name].astype(dtype).astype(work) for number in range(4))
+    return base.astype(np.float64), [(expert - base).astype(np.float64) for expert in experts]
+
+
+@lru_cache(maxsize=2 * len(SHAPES))
+def update_of(method: str, name: str, dtype: Any = np.float32, sparsify: str = "none") -> Any:
+    """What the reference makes of a tensor: the same for every route there is to it."""
+    thinners: dict[str, Any] = {
+        "none": lambda delta: delta,
+        "magnitude": lambda delta: reference.magnitude(delta, 0.3),
+        "tadrop": lambda delta: reference.tadrop(delta, {}),
+    }
+    deltas = [thinners[sparsify](delta) for delta in task_vectors(name, dtype)[1]]
+    is_matrix = len(SHAPES[name]) == 2 and "embed" not in name and "head" not in name
+    return getattr(whole, method)(deltas) if is_matrix else np.mean(deltas, 0)
 
 
 def whole_matrices(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -90,15 +107,12 @@ def test_against_the_reference(tmp_path: Path, dtype: Any, svd: str) -> None:
     result = mergepipe.run(build(folder))
     merged = tensors(folder / "merged")
     for name in SHAPES:
-        base, deltas = task_vectors(folder, name) if dtype is not np.float64 else _double(folder, name)
-        is_matrix = len(SHAPES[name]) == 2 and "embed" not in name and "head" not in name
-        update = whole.mda(deltas) if is_matrix else np.mean(deltas, 0)
-        expected = base + 0.7 * update
+        expected = task_vectors(name, dtype)[0] + 0.7 * update_of("mda", name, dtype)
         found = merged[name].astype(np.float64)
         bits = {"float16": 2**-10, "float32": 2**-22, "float64": 1e-9, "bfloat16": 2**-7}[np.dtype(dtype).name]
         np.testing.assert_allclose(found, expected, rtol=bits, atol=bits / 4)
         # Rounded once: nearly everywhere the very value that the reference rounds to.
-        if is_matrix and dtype is not np.float64:
+        if name.endswith(("up.weight", "down.weight")) and dtype is not np.float64:
             assert np.mean(merged[name] == expected.astype(dtype)) > 0.999
     found = whole_matrices(result.manifest)
     assert sorted(found) == sorted(name for name in SHAPES if name.endswith(("up.weight", "down.weight")))
@@ -107,11 +121,6 @@ def test_against_the_reference(tmp_path: Path, dtype: Any, svd: str) -> None:
     assert result.manifest["device"] == HERE
     assert {record["device"] for record in found.values()} == {HERE}
     assert "torch" in result.manifest["versions"]
-
-
-def _double(folder: Path, name: str) -> tuple[Any, list[Any]]:
-    base = tensors(folder / "base")[name]
-    return base, [tensors(folder / f"expert-{number}")[name] - base for number in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("name", ["mda", "tsv_m", "iso_c", "iso_cts", "dc_merge", "opcm"])
@@ -138,11 +147,8 @@ def test_thinned_task_vectors(tmp_path: Path, name: str, sparsify: str, svd: str
     result = mergepipe.run(build(folder, chunk_size="256KiB"))
     merged = tensors(folder / "merged")
     for tensor in ("model.layers.0.down.weight", "model.layers.0.norm.weight", "model.layers.1.up.weight"):
-        base, deltas = task_vectors(folder, tensor)
-        thin = reference.magnitude if sparsify == "magnitude" else reference.tadrop
-        thinned = [thin(delta, 0.3 if sparsify == "magnitude" else {}) for delta in deltas]  # type: ignore[arg-type,operator]
-        update = getattr(whole, name)(thinned) if len(base.shape) == 2 else np.mean(thinned, 0)
-        np.testing.assert_allclose(merged[tensor], base + update, rtol=1e-5, atol=1e-6)
+        expected = task_vectors(tensor)[0] + update_of(name, tensor, sparsify=sparsify)
+        np.testing.assert_allclose(merged[tensor], expected, rtol=1e-5, atol=1e-6)
         assert len(result.manifest["densities"][tensor]) == 3
 
 
@@ -292,7 +298,7 @@ def test_calibrated_after_the_merge(tmp_path: Path, name: str) -> None:
     result = mergepipe.run(build(folder))
     merged = tensors(folder / "merged")
     for tensor in SHAPES:
-        base, deltas = task_vectors(folder, tensor)
+        base, deltas = task_vectors(tensor)
         update = np.mean(deltas, 0) * 3 * 0.4
         if name == "ties":
             thinned = [reference.magnitude(delta, 0.5) for delta in deltas]
@@ -314,7 +320,7 @@ def test_what_is_left_out_takes_the_mean_or_the_base(tmp_path: Path, name: str) 
         assert list(whole_matrices(result.manifest)) == ["model.layers.0.down.weight"]
         merged = tensors(folder / "merged")
         for tensor in SHAPES:
-            base, deltas = task_vectors(folder, tensor)
+            base, deltas = task_vectors(tensor)
             mean = base + (np.mean(deltas, 0) if kind == "average" else 0)
             assert ("down" in tensor) != np.allclose(merged[tensor], mean, rtol=1e-6, atol=1e-7)
             assert kind == "average" or "down" in tensor or merged[tensor].tobytes() == base.astype("f4").tobytes()
