@@ -88,7 +88,7 @@ def transfer_seconds(streams: list[Array], device: str) -> list[float]:
     """The copy of all stored bytes to the device, a tensor at a time, into memory that is there."""
     import torch
 
-    pinned = [torch.from_numpy(stream.view(np.int16)) for stream in streams]
+    pinned = [torch.from_numpy(stream.view(np.int16).copy()) for stream in streams]
     if device.startswith("cuda"):
         pinned = [values.pin_memory() for values in pinned]
     there = torch.empty_like(pinned[0], device=device)

@@ -155,6 +155,7 @@ def as_read(units: list[list[Array]]) -> list[list[Array]]:
 def _bits(values: Array) -> Array:
     out = np.empty(values.size, np.uint16)
     convert.encode(values, "BF16", out)
+    out.flags.writeable = False  # as a run reads them: what may be written has kernels of its own
     return out
 
 

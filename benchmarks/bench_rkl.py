@@ -133,6 +133,7 @@ def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
         for number, bits in enumerate(stored):
             values = np.full(a.size // 4096, weight + (apart if number else 0.0), np.float32)
             convert.encode(values, "BF16", bits[::4096])
+            bits.flags.writeable = False
         donors = tuple(stored[1:])
         found = np.empty((1, len(donors), a.size // 4096 + 1))
         measure = partial(rows.measure_stored, stored[0], donors, 4096, a.size, 1.0, 0.0, 1, found)

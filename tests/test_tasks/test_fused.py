@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from typing import Any
 
 import numba
@@ -15,7 +16,7 @@ from mergepipe.tasks import convert, fused, fused_counts, fused_sums, guess, ker
 from mergepipe.tasks.blocks import block_bounds
 from mergepipe.tasks.jit import _Kernel
 from mergepipe.tasks.method import Accumulator, stored_sweep
-from support.bits import as_bits, deltas, drawn, settings_for
+from support.bits import as_bits, as_stored, changed, deltas, drawn, settings_for
 from support.drive import load_tile, make_job, merge
 
 MODELS = st.sampled_from([1, 3, 8])
@@ -75,14 +76,26 @@ def test_a_sample_is_of_every_column() -> None:
         marked = rows[0].reshape(-1, fused_counts.STRIP).copy()
         marked[:, column : column + fused_counts.PIECE] = as_bits(1e30)
         counts = np.zeros((1, select.TOP_BINS), np.int64)
-        assert fused_counts.sample_top(base, (marked.ravel(),), counts)
+        assert fused_counts.sample_top(base, (as_stored(marked.ravel()),), counts)
         assert counts.sum() == base.size // 8
         taken[column : column + fused_counts.PIECE] = counts[0, (np.float32(1e30).view(np.int32) >> 16) - 2 :].sum() > 0
     assert taken.all()
 
 
-@given(SIZES, MODELS, st.integers(0, 1000), st.booleans(), st.booleans())
-def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool, bounded: bool) -> None:
+LOOPS = list(product([1, 3, 8], [False, True], [False, True]))
+"""Numbers of models, whether magnitudes have bounds, and whether deltas are scaled: two loops are compiled for each."""
+PAIRS = [(models, bounded, scaled) for models, bounded, scaled in LOOPS if (bounded == scaled) == (models != 3)]
+"""Whichever two of these go together, they do in one of those."""
+
+
+@pytest.mark.parametrize(
+    ("models", "bounded", "scaled"),
+    [*PAIRS, *(pytest.param(*one, marks=pytest.mark.slow) for one in LOOPS if one not in PAIRS)],
+)
+@given(SIZES, st.integers(0, 1000), st.booleans(), st.booleans())
+def test_agreeing_and_adding(
+    models: int, bounded: bool, scaled: bool, size: int, seed: int, normalize: bool, ones: bool
+) -> None:
     base, rows = drawn(size, models, seed)
     weights, least, factors = settings_for(models, seed)
     below, values = deltas(base, rows)
@@ -94,24 +107,22 @@ def test_agreeing_and_adding(size: int, models: int, seed: int, normalize: bool,
         least, most = (tuple(float(abs(row[i])) for row, i in zip(values, place, strict=True)) for place in places)
         for row, largest in zip(values, most, strict=True):
             row[np.abs(row) > largest] = 0
-    given = [factors]
-    if seed % 2:
-        factors, given = (1.0,) * models, [(1.0,) * models, None]
+    if ones or not scaled:
+        factors = (1.0,) * models
+    scales = factors if scaled else None
 
     kernels.agree_few(below, tuple(values), weights, least, factors, normalize, 0.7, merged)
     convert.encode(merged, "BF16", expected)
-    for scales in given:
-        found.fill(1)
-        assert fused.agree(base, rows, None, weights, least, most, scales, normalize, 0.7, found)
-        np.testing.assert_array_equal(found, expected)
+    found.fill(1)
+    assert fused.agree(base, rows, None, weights, least, most, scales, normalize, 0.7, found)
+    np.testing.assert_array_equal(found, expected)
 
     for divisor in (1.0, 1.3):
         kernels.add_few(below, tuple(values), weights, least, factors, divisor, 0.7, merged)
         convert.encode(merged, "BF16", expected)
-        for scales in given:
-            found.fill(1)
-            assert fused.add(base, rows, None, weights, least, most, scales, divisor, 0.7, found)
-            np.testing.assert_array_equal(found, expected)
+        found.fill(1)
+        assert fused.add(base, rows, None, weights, least, most, scales, divisor, 0.7, found)
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5, fused.LEAST_FACTOR, 2.0, 0.3, -0.5])
@@ -122,8 +133,9 @@ def test_models_of_one_weight(
 ) -> None:
     """Whether the loops multiply by it or not, down to the smallest of numbers; zero agrees with nobody."""
     base, rows = drawn(size, models, seed)
-    small = np.random.default_rng(seed).integers(0, 4, (2, size)).astype(np.uint16)
-    base[::3], rows[0][::3] = small[0, ::3], small[1, ::3]  # multiples of 2 ** -133
+    third = slice(None, None, 3)
+    small = np.random.default_rng(seed).integers(0, 4, (2, size)).astype(np.uint16)[:, third]  # multiples of 2 ** -133
+    base, rows = changed(base, third, small[0]), (changed(rows[0], third, small[1]), *rows[1:])
     weights, least = (weight,) * models, (0.0,) * models if everything else settings_for(models, seed)[1]
     below, values = deltas(base, rows)
     merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
@@ -294,9 +306,11 @@ def test_sweeps_count_stored_bits_as_they_count_tiles(sparsify: dict[str, Any], 
 @pytest.mark.parametrize("model", [-1, 0, 1])
 def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> None:
     base, rows = drawn(3001, 2, 0)
-    (base if model < 0 else rows[model])[place] = as_bits(bad)
+    streams = [base, *rows]
+    streams[model + 1] = changed(streams[model + 1], place, as_bits(bad))
     if model == 1:
-        rows[0][place] = as_bits(-bad)  # the two cancel, or don't agree
+        streams[1] = changed(streams[1], place, as_bits(-bad))  # the two cancel, or don't agree
+    base, rows = streams[0], tuple(streams[1:])
     out = np.empty(3001, np.uint16)
     weights, zeros, ones = (0.0, 0.0), (0.0, 0.0), (1.0, 1.0)
     assert not fused_counts.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
@@ -351,7 +365,7 @@ def test_blending_and_dot_products(size: int, seed: int) -> None:
         convert.encode(merged, "BF16", expected)
         assert fused.weigh((base, row), (a, b), 1.0, blended)
         np.testing.assert_array_equal(blended, expected)
-    base[size // 2] = as_bits([np.inf])[0]
+    base = changed(base, size // 2, as_bits(np.inf))
     assert not fused_sums.dots(base, row, edges, found)
     assert not fused.weigh((base, row), (0.0, 1.0), 1.0, blended)
 

@@ -16,6 +16,7 @@ from mergepipe.tasks import convert, fused_counts, guess
 from mergepipe.tasks.breadcrumbs import kept_ranks
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, expected_reads
 from mergepipe.tasks.registry import SPARSIFIERS
+from support.bits import as_stored
 from support.drive import make_job
 
 SIZE = 1 << 20
@@ -72,7 +73,7 @@ def run(job: Job, streams: list[U16], cuts: list[int], stored: bool = True) -> t
             None if row is None else np.zeros((job.blocks, *row)),
         )
         for start, stop in pairwise([0, *cuts, job.size]):
-            one(sweep, job, state, [stream[start:stop] for stream in streams], start, total, stored)
+            one(sweep, job, state, [as_stored(stream[start:stop]) for stream in streams], start, total, stored)
         state |= sweep.combine(job, state, total)
     return state, made
 
@@ -126,7 +127,7 @@ def test_a_sample_that_misleads_costs_time_only() -> None:
         place = strip * fused_counts.STRIP + ((strip * 0x9E3779B1 & 0xFFFFFFFF) >> 29) * fused_counts.PIECE
         for row in rows:
             row[place : place + fused_counts.PIECE] = bits(np.linspace(1, 2, fused_counts.PIECE))
-    assert fused_counts.sample_top(streams[0], (rows[0],), taken)
+    assert fused_counts.sample_top(as_stored(streams[0]), (as_stored(rows[0]),), taken)
     assert taken[0, :0x3F00].sum() == 0, "the sample sees the large ones only"
     state, made = run(job, [streams[0], *rows], [65536])
     assert made[-2:] == ["coarse histogram", "fine histogram 1 (threshold)"]

@@ -18,6 +18,7 @@ from mergepipe.errors import MemoryBudgetError, RecipeError
 from mergepipe.pipeline.resume import decode_state, encode_state
 from mergepipe.tasks import exponentials, points, rows, scores
 from mergepipe.tasks.method import Array
+from support.bits import as_stored
 from support.drive import Merged, merge
 
 A = np.array([[-0.5, -0.2, 0.1, 0.4], [0.0, 0.4, -0.3, 0.1], [0.5, -0.1, 0.4, -0.2]])
@@ -235,9 +236,9 @@ def test_donors_of_every_kind_are_measured_together_as_alone() -> None:
     a[1] *= 0.1
     a[2] *= 200
     a[3] = 0.25
-    donors = [a + (rows_of_a_kind(width, 3.0, largest)[1] - a) for largest in (0.0, 0.02, 0.8, 30.0, 600.0)]
+    donors = [a + (rows_of_a_kind(width, 3.0, largest)[1] - a) for largest in (0.0, 0.02, 0.8, 7.0, 30.0, 250.0, 600.0)]
     donors.append(a + np.float32(0.5))
-    stored = [(v.view("u4") >> 16).astype("u2") for v in (a.ravel(), *(b.ravel() for b in donors))]
+    stored = [as_stored((v.view("u4") >> 16).astype("u2")) for v in (a.ravel(), *(b.ravel() for b in donors))]
     x, *others = [(v.astype("u4") << 16).view("f4") for v in stored]
     found = np.empty((1, len(donors), 4 * 3 + 1))
     assert rows.measure_stored(stored[0], tuple(stored[1:]), width, 4 * width, 0.5, 0.5, 3, found)

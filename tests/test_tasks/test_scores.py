@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mergepipe.tasks import convert, scores
 from mergepipe.tasks.blocks import block_bounds
 from mergepipe.tasks.method import Accumulator, Job, MergeMethod, State, stored_sweep
-from support.bits import as_bits
+from support.bits import as_bits, as_stored
 from support.drive import load_tile, make_job
 
 U16 = npt.NDArray[np.uint16]
@@ -65,6 +65,10 @@ class Merge:
         for bits, out in zip(self.bits, self.values, strict=True):
             convert.decode(bits, "BF16", out)
 
+    def stored(self, blocks: tuple[int, int]) -> list[U16]:
+        """What is stored of them."""
+        return [as_stored(bits[self.of(blocks)]) for bits in self.bits]
+
     def of(self, blocks: tuple[int, int]) -> slice:
         return slice(block_bounds(self.job.shape, blocks[0])[0], block_bounds(self.job.shape, blocks[1] - 1)[1])
 
@@ -82,7 +86,7 @@ class Merge:
             if body is not None:
                 by_bits.append(sweep.name)
                 for blocks in cut(self.job.blocks):
-                    assert body([bits[self.of(blocks)] for bits in self.bits], found, blocks)
+                    assert body(self.stored(blocks), found, blocks)
                 for one, other in ((made.counts, found.counts), (made.blocks, found.blocks)):
                     np.testing.assert_array_equal(one, other)
             state |= sweep.combine(self.job, state, made)
@@ -107,8 +111,7 @@ class Merge:
         body = self.method.stored(self.job, state)
         for blocks in cut(self.job.blocks):
             if body is not None:
-                part = self.of(blocks)
-                assert body([bits[part] for bits in self.bits], found[part], blocks)
+                assert body(self.stored(blocks), found[self.of(blocks)], blocks)
         return made, None if body is None else found
 
 
@@ -163,19 +166,20 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
     state, _ = merge.sweeps()
     merge.bits[model][place] = as_bits([bad])[0]
     known: State = {}
+    every = 0, merge.job.blocks
     for sweep in merge.method.reductions(merge.job)[:2]:
         body = stored_sweep(sweep, merge.job, known)
         assert body is not None
-        assert not body(merge.bits, merge.room(sweep), (0, merge.job.blocks))
+        assert not body(merge.stored(every), merge.room(sweep), every)
         known = state | {"_scores_0_found": state["_scores_0_found"] >> 16}
     body_of_kernel = merge.method.stored(merge.job, state)
     assert body_of_kernel is not None
-    assert not body_of_kernel(merge.bits, np.empty(merge.job.size, np.uint16), (0, merge.job.blocks))
+    assert not body_of_kernel(merge.stored(every), np.empty(merge.job.size, np.uint16), every)
 
 
 def test_what_does_not_fit_is_not_done() -> None:
     """The largest of float32 that rounds to an infinity, half way between two that do not."""
-    a, b = np.full(64, 0x7F7F, np.uint16), np.full(64, 0xFF7F, np.uint16)
+    a, b = (as_stored(np.full(64, bits, np.uint16)) for bits in (0x7F7F, 0xFF7F))
     found, least = np.ones((1, 1, 1)), np.zeros(1, np.float32)
     out = np.empty(64, np.uint16)
     assert scores.take_stored(a, (b,), 64, found, False, least, 0.25, out) is False
