@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,10 @@ from support.tally import TALLY
 # every run, so that a red run can be looked at again.
 hypothesis.settings.register_profile("mergepipe", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("mergepipe")
+
+# Where bytecode is not kept, each process that a test starts would compile our modules for a second, and each of those
+# that run tests would rewrite all assertions.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
