@@ -30,7 +30,8 @@ def main(sizes: str, memory: str, workers: int, quick: bool, json_path: Path | N
     report = Report("memory", {"sizes": names, "memory": memory, "workers": workers})
     with tempfile.TemporaryDirectory(dir=folder, prefix="mergepipe-bench-") as name:
         here = Path(name)
-        warm_up(here / "warm-up")
+        if not quick:
+            warm_up(here / "warm-up")
         peaks = [report_size(report, size, here, memory, workers) for size in names]
     report.add("last size / first size", peaks[-1] / peaks[0], "x")
     report.save(json_path)

@@ -42,7 +42,8 @@ def main(size: str, experts: int, repeats: int, quick: bool, json_path: Path | N
     report.add(f"mergepipe --help / {HELP_S} s", [one.wall_s / HELP_S for one in used["mergepipe --help"]], "x")
     with tempfile.TemporaryDirectory(dir=folder, prefix="mergepipe-bench-") as name:
         here = Path(name)
-        warm_up(here / "warm-up")
+        if not quick:
+            warm_up(here / "warm-up")
         for kind in dict.fromkeys(["1M", size]):
             recipe = ties_recipe(write_checkpoints(here / kind, LAYOUTS[kind], experts))
             merges = [merge_cold(recipe, here / "merge") for _ in range(repeats)]
