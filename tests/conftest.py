@@ -21,6 +21,11 @@ hypothesis.settings.load_profile("mergepipe")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Benchmarks come last: what their processes would compile for themselves, whole merges have compiled by then."""
+    items.sort(key=lambda item: item.path.parent.name == "test_benchmarks")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Send what this process has survived to the one that tells it, where several run tests."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:
