@@ -253,8 +253,8 @@ def recipe_of(*names: str) -> dict[str, Any]:
 
 def test_a_check_fetches_headers_only(served: Path, tmp_path: Path) -> None:
     """Of the weights a few bytes; what it says of the merge is what `build` says after the download."""
-    put_big(served, "org/base", extra=4000)
-    put_big(served, "org/fine", extra=4000)
+    put_big(served, "org/base", extra=3000)
+    put_big(served, "org/fine", extra=3000)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_of("org/base", "org/fine")))
     checked = check(tmp_path / "r.yaml", tmp_path / "w")
     assert checked.faults == ()
