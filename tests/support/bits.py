@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,7 @@ def drawn(size: int, models: int, seed: int) -> tuple[U16, tuple[U16, ...]]:
     base[rng.random(size) < 0.1] = 0
     base[rng.random(size) < 0.05] = 1e-39
     rows = [base + (rng.random(size) < 0.8) * rng.standard_normal(size, np.float32) * 0.001 for _ in range(models)]
-    return as_stored(as_bits(base)), tuple(as_stored(as_bits(row)) for row in rows)
+    return as_bits(base), tuple(as_bits(row) for row in rows)
 
 
 def as_stored(bits: U16) -> U16:
@@ -29,13 +27,6 @@ def as_stored(bits: U16) -> U16:
     found = bits.view()
     found.flags.writeable = False
     return found
-
-
-def changed(bits: U16, places: Any, values: npt.ArrayLike) -> U16:
-    """A copy with other values at some places."""
-    found = bits.copy()
-    found[places] = values
-    return as_stored(found)
 
 
 def as_bits(values: npt.ArrayLike) -> U16:

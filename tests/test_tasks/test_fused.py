@@ -16,7 +16,7 @@ from mergepipe.tasks import convert, fused, fused_counts, fused_sums, guess, ker
 from mergepipe.tasks.blocks import block_bounds
 from mergepipe.tasks.jit import _Kernel
 from mergepipe.tasks.method import Accumulator, stored_sweep
-from support.bits import as_bits, as_stored, changed, deltas, drawn, settings_for
+from support.bits import as_bits, deltas, drawn, settings_for
 from support.drive import load_tile, make_job, merge
 
 MODELS = st.sampled_from([1, 3, 8])
@@ -76,7 +76,7 @@ def test_a_sample_is_of_every_column() -> None:
         marked = rows[0].reshape(-1, fused_counts.STRIP).copy()
         marked[:, column : column + fused_counts.PIECE] = as_bits(1e30)
         counts = np.zeros((1, select.TOP_BINS), np.int64)
-        assert fused_counts.sample_top(base, (as_stored(marked.ravel()),), counts)
+        assert fused_counts.sample_top(base, (marked.ravel(),), counts)
         assert counts.sum() == base.size // 8
         taken[column : column + fused_counts.PIECE] = counts[0, (np.float32(1e30).view(np.int32) >> 16) - 2 :].sum() > 0
     assert taken.all()
@@ -133,9 +133,8 @@ def test_models_of_one_weight(
 ) -> None:
     """Whether the loops multiply by it or not, down to the smallest of numbers; zero agrees with nobody."""
     base, rows = drawn(size, models, seed)
-    third = slice(None, None, 3)
-    small = np.random.default_rng(seed).integers(0, 4, (2, size)).astype(np.uint16)[:, third]  # multiples of 2 ** -133
-    base, rows = changed(base, third, small[0]), (changed(rows[0], third, small[1]), *rows[1:])
+    small = np.random.default_rng(seed).integers(0, 4, (2, size)).astype(np.uint16)
+    base[::3], rows[0][::3] = small[0, ::3], small[1, ::3]  # multiples of 2 ** -133
     weights, least = (weight,) * models, (0.0,) * models if everything else settings_for(models, seed)[1]
     below, values = deltas(base, rows)
     merged, expected, found = np.empty(size, np.float32), np.empty(size, np.uint16), np.empty(size, np.uint16)
@@ -306,11 +305,9 @@ def test_sweeps_count_stored_bits_as_they_count_tiles(sparsify: dict[str, Any], 
 @pytest.mark.parametrize("model", [-1, 0, 1])
 def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> None:
     base, rows = drawn(3001, 2, 0)
-    streams = [base, *rows]
-    streams[model + 1] = changed(streams[model + 1], place, as_bits(bad))
+    (base if model < 0 else rows[model])[place] = as_bits(bad)
     if model == 1:
-        streams[1] = changed(streams[1], place, as_bits(-bad))  # the two cancel, or don't agree
-    base, rows = streams[0], tuple(streams[1:])
+        rows[0][place] = as_bits(-bad)  # the two cancel, or don't agree
     out = np.empty(3001, np.uint16)
     weights, zeros, ones = (0.0, 0.0), (0.0, 0.0), (1.0, 1.0)
     assert not fused_counts.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
@@ -365,7 +362,7 @@ def test_blending_and_dot_products(size: int, seed: int) -> None:
         convert.encode(merged, "BF16", expected)
         assert fused.weigh((base, row), (a, b), 1.0, blended)
         np.testing.assert_array_equal(blended, expected)
-    base = changed(base, size // 2, as_bits(np.inf))
+    base[size // 2] = as_bits([np.inf])[0]
     assert not fused_sums.dots(base, row, edges, found)
     assert not fused.weigh((base, row), (0.0, 1.0), 1.0, blended)
 
