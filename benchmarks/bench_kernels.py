@@ -149,6 +149,7 @@ def as_read(units: list[list[Array]]) -> list[list[Array]]:
             start = arena.take(window.nbytes + SLACK_BYTES)
             placed[-1][number] = arena.bytes[start : start + window.nbytes].view(window.dtype)
             placed[-1][number][:] = window
+            placed[-1][number].flags.writeable = False
     return placed
 
 
