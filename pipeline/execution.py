@@ -1,9 +1,9 @@
 """One execution of one plan: Dask graphs over a thread pool, shards sealed as they fill.
 
 The main thread only waits, so that it can be interrupted. A few driver threads take bundle after bundle and hand each
-to Dask's threaded scheduler; all bundles share the workers, and the earlier one goes first. A finished unit is
-committed to the journal once it is durable; a finished tensor leaves its statistics behind and counts down its shard
-(:mod:`mergepipe.pipeline.shards`).
+to Dask's threaded scheduler; all bundles share the workers, and the earlier one goes first. The reader hears of each
+some bundles before its turn (:mod:`mergepipe.pipeline.upcoming`). A finished unit is committed to the journal once it
+is durable; a finished tensor leaves its statistics behind and counts down its shard (:mod:`mergepipe.pipeline.shards`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from mergepipe.pipeline.schedule import ScheduledTensor, held_for_matrices, is_r
 from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.side_heads import SideHeads
 from mergepipe.pipeline.space import journal_room
+from mergepipe.pipeline.upcoming import Upcoming
 from mergepipe.pipeline.vocabulary_rows import gathered_manifests
 from mergepipe.pipeline.workers import Workers
 from mergepipe.storage.atomic import make_folder
@@ -131,7 +132,6 @@ class Execution:
         self._beside = MmapReader(files=self._reading.files)
         self._buffers = WorkerBuffers()
         self._lock = threading.Lock()
-        self._works: dict[int, TensorWork | TensorCopy] = {}
 
     def _settle_scoring(self, ceiling: Ceiling, gathered: Sequence[bool]) -> str:
         """Where rows are scored, and the schedule if that is not the CPU."""
@@ -258,7 +258,8 @@ class Execution:
             self.shards.start()
             self._make_rounds(workers)
             self._masks.open(self._rounds.state_of, begun=self._has_output)
-            self._drivers.drive(self._bundles(), lambda bundle: self._run(bundle, workers), self._driver_count)
+            works = Upcoming(self._work)
+            self._drivers.drive(self._bundles(works), partial(self._run, works, workers), self._driver_count)
             self.shards.commit()
             self._masks.finish()
             self._heads.write(self._reader)
@@ -312,27 +313,29 @@ class Execution:
             pairs = zip(group.jobs, items, strict=True)
             tasks = [count_tasks(len(one.reductions(job)), len(item.units)) for job, item in pairs]
             cut = bundles(tasks, [item.tensor.input_bytes() for item in items])
-            waiting = ([group.numbers[position] for position in bundle] for bundle in cut)
-            self._drivers.drive(waiting, partial(self._sweep, which, workers), self._driver_count)
+            works = Upcoming(partial(self._round_work, which))
+            waiting = works.in_sight([group.numbers[position] for position in bundle] for bundle in cut)
+            self._drivers.drive(waiting, partial(self._sweep, works, workers), self._driver_count)
             self.shards.committer.add_record(round_record(*which, self._rounds.finish(which)))
             self.shards.commit()
         for number in (member for group in self._rounds.groups for member in group.numbers):
             if number not in self._progress.states:
                 self.findings.keep(number, self._rounds.state_of(number))
 
-    def _sweep(self, which: RoundId, workers: Workers, bundle: Sequence[int]) -> None:
+    def _sweep(self, works: Upcoming[TensorWork], workers: Workers, bundle: Sequence[int]) -> None:
         """One round over some tensors."""
         with self._element_wise:
-            run_bundle([self._round_graph(which, number) for number in bundle], workers, bundle[0])
+            graphs = [self._graph(number, works[number], partial(works.end, number)) for number in bundle]
+            run_bundle(graphs, workers, bundle[0])
 
-    def _round_graph(self, which: RoundId, number: int) -> Graph:
+    def _round_work(self, which: RoundId, number: int) -> TensorWork:
         def collect(state: State) -> None:
             self._statistics.put(number, lasting(state))
             self._rounds.collect(which, number, state)
 
         tensor, group = self.plan.tensors[number], self._rounds.groups[which[0]]
         job = group.jobs[group.numbers.index(number)]
-        work = TensorWork(
+        return TensorWork(
             *self._inputs(number),
             (),
             self._reader,
@@ -349,10 +352,15 @@ class Execution:
             sweeps=group.rounds[which[1]].reductions(job),
             scorer=self._scorer,
         )
-        work.begin()
-        return tensor_graph(tensor.name, work, lambda _name, _sweeps: work.end())
 
-    def _bundles(self) -> Iterator[list[int]]:
+    def _bundles(self, works: Upcoming[TensorWork | TensorCopy]) -> Iterator[list[int]]:
+        """Numbers of the tensors of each bundle, once there is room for its output."""
+        for bundle in works.in_sight(self._cut()):
+            for number in bundle:
+                self.shards.make_room(number)
+            yield bundle
+
+    def _cut(self) -> Iterator[list[int]]:
         """Numbers of the tensors of each bundle; of one shard only where shards are handed over one by one."""
         for _, group in groupby(self._todo, lambda number: self.on_shard is None or self.shards.shard_of(number)):
             numbers = list(group)
@@ -360,27 +368,21 @@ class Execution:
             # A whole matrix has a bundle for itself: it waits for its memory alone.
             nbytes = [MAX_BUNDLE_BYTES + 1 if item.held else item.tensor.input_bytes() for item in rest]
             for bundle in bundles([item.tasks for item in rest], nbytes):
-                chosen = [numbers[position] for position in bundle]
-                for number in chosen:
-                    self.shards.make_room(number)
-                yield chosen
+                yield [numbers[position] for position in bundle]
 
-    def _run(self, bundle: Sequence[int], workers: Workers) -> None:
+    def _run(self, works: Upcoming[TensorWork | TensorCopy], workers: Workers, bundle: Sequence[int]) -> None:
         """Make some tensors of the output."""
         with self._admitted(bundle):
-            run_bundle([self._graph(number) for number in bundle], workers, self._rank[bundle[0]])
+            graphs = [self._graph(number, works[number], partial(self._finish, works, number)) for number in bundle]
+            run_bundle(graphs, workers, self._rank[bundle[0]])
 
     def _admitted(self, bundle: Sequence[int]) -> AbstractContextManager[object]:
         """A whole matrix waits for its bytes, a bundle of other tensors for its turn."""
         held = sum(self.scheduled[number].held for number in bundle)
         return self._admission.holding(held) if held else self._element_wise
 
-    def _graph(self, number: int) -> Graph:
-        work = self._work(number)
-        with self._lock:
-            self._works[number] = work
-        work.begin()
-        return tensor_graph(self.plan.tensors[number].name, work, lambda _name, _units: self._finish(number))
+    def _graph(self, number: int, work: TensorWork | TensorCopy, done: Callable[[], None]) -> Graph:
+        return tensor_graph(self.plan.tensors[number].name, work, lambda _name, _units: done())
 
     def _work(self, number: int) -> TensorWork | TensorCopy:
         stop = self._drivers.check_stop
@@ -453,11 +455,9 @@ class Execution:
             with self._lock:
                 self.squares[number] = state
 
-    def _finish(self, number: int) -> None:
+    def _finish(self, works: Upcoming[TensorWork | TensorCopy], number: int) -> None:
         """A tensor is complete."""
-        with self._lock:
-            work = self._works.pop(number)
-        work.end()
+        works.end(number)
         logger.debug("'%s' is made", self.plan.tensors[number].name)
         self.announce(TensorFinished(self.plan.tensors[number].name))
         self.shards.finish(number)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from mergepipe.errors import Interrupted
@@ -150,9 +151,9 @@ class Shards:
         return sum(other < shard for other in self._unfinished.copy())
 
     def sink(self, tensor: int) -> Sink:
-        """Where the units of a tensor are written to."""
+        """Where the units of a tensor are written to; its shard is opened by the first of them, unless it is."""
         place = self._places[self._plan.tensors[tensor].name]
-        return Sink(tensor, place, self._writer(place.shard), self.committer, self._masks)
+        return Sink(tensor, place, partial(self._writer, place.shard), self.committer, self._masks)
 
     def finish(self, tensor: int) -> None:
         """A tensor is complete: seal its shard if it was the last one there."""
@@ -262,7 +263,12 @@ class Sink:
     """Writes units of one tensor into its shard, and hands them to the committer."""
 
     def __init__(
-        self, tensor: int, place: PlacedTensor, writer: ShardWriter, committer: Committer, masks: TaskMasks
+        self,
+        tensor: int,
+        place: PlacedTensor,
+        writer: Callable[[], ShardWriter],
+        committer: Committer,
+        masks: TaskMasks,
     ) -> None:
         self._tensor = tensor
         self._place = place
@@ -277,7 +283,7 @@ class Sink:
     def __call__(self, offset: int, data: Array) -> None:
         """Write encoded values `offset` bytes into the tensor."""
         raw = data.reshape(-1).view("u1")
-        crc = self._writer.write(self._place.offset + offset, raw)
+        crc = self._writer().write(self._place.offset + offset, raw)
         self._committer.add(DoneUnit(self._tensor, self._place.shard, offset, offset + raw.nbytes, crc))
 
     def mask(self, model: int, start: int, bits: Array) -> None:

@@ -1,0 +1,80 @@
+"""What comes next is announced before its turn, in the order of its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mergepipe
+from mergepipe.pipeline import graph
+from mergepipe.pipeline.upcoming import BUNDLES_AHEAD, Upcoming
+from mergepipe.storage.direct import DirectReader
+from mergepipe.storage.manifest import Segment
+from support.jobs import build_job, write_job
+
+
+class Work:
+    def __init__(self, number: int, log: list[tuple[str, int]]) -> None:
+        self.number = number
+        self.log = log
+
+    def begin(self) -> None:
+        self.log.append(("begin", self.number))
+
+    def end(self) -> None:
+        self.log.append(("end", self.number))
+
+
+def test_a_few_bundles_are_in_sight() -> None:
+    log: list[tuple[str, int]] = []
+    works = Upcoming(lambda number: Work(number, log))
+    bundles = [[0, 1], [2], [3, 4], [5], [6]]
+    seen = []
+    for position, bundle in enumerate(works.in_sight(iter(bundles))):
+        seen.append(bundle)
+        begun = [number for what, number in log if what == "begin"]
+        assert begun == [number for one in bundles[: position + 1 + BUNDLES_AHEAD] for number in one]
+        for number in bundle:
+            assert works[number].number == number
+            works.end(number)
+            assert log[-1] == ("end", number)
+            with pytest.raises(KeyError):
+                works[number]
+    assert seen == bundles
+
+
+@pytest.mark.parametrize("extra", [{}, {"scope": "model"}], ids=["tensors", "rounds"])
+def test_the_reader_knows_what_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any]
+) -> None:
+    """Before anything of a tensor is asked for, those of the next bundles have been announced."""
+    rows, count = 64, 6
+    write_job(tmp_path, {f"{n}.weight": (rows, 1024) for n in range(count)}, **extra)
+    build_job(tmp_path)
+    monkeypatch.setattr(graph, "MAX_BUNDLE_BYTES", 1)
+    announced: set[int] = set()
+    asked: list[tuple[int, set[int]]] = []
+    ahead, windows = DirectReader.ahead, DirectReader.windows
+
+    def number(unit: Sequence[Sequence[Segment]]) -> int:
+        return unit[0][0].offset // (rows * 1024 * 2)
+
+    def tell(self: DirectReader, units: Iterator[Sequence[Sequence[Segment]]]) -> None:
+        listed = list(units)
+        announced.update(map(number, listed))
+        ahead(self, listed)
+
+    def ask(self: DirectReader, unit: Sequence[Sequence[Segment]], *, last: bool) -> AbstractContextManager[list[Any]]:
+        asked.append((number(unit), announced.copy()))
+        return windows(self, unit, last=last)
+
+    monkeypatch.setattr(DirectReader, "ahead", tell)
+    monkeypatch.setattr(DirectReader, "windows", ask)
+    mergepipe.run(tmp_path / "work", reader="direct")
+    assert {one for one, _ in asked} >= set(range(count))
+    for one, known in asked:
+        assert known >= set(range(one, min(one + 1 + BUNDLES_AHEAD, count)))
