@@ -131,24 +131,28 @@ def _by_words(
     fine = True
     if even:
         words = _words(out[:even], np.int32)
-        fine = run(
-            _words(base[:even], np.int32),
-            tuple(_words(row[:even], np.int32) for row in rows),
-            None if marks is None else _words(marks[:even], np.uint16),
-            words,
-        )
+        fine = run(*_inputs(lambda values, dtype: _words(values[:even], dtype), base, rows, marks), words)
         if words.base is None:  # a copy
             out[:even] = words.view(np.uint16)
     if even < out.size:
         word = np.empty(1, np.int32)
-        fine &= run(
-            _word(base, np.int32),
-            tuple(_word(row, np.int32) for row in rows),
-            None if marks is None else _word(marks, np.uint16),
-            word,
-        )
+        fine &= run(*_inputs(_word, base, rows, marks), word)
         out[even:] = word.view(np.uint16)[:1]
     return fine
+
+
+def _inputs(
+    words: Callable[[Array, Any], Array], base: Array, rows: Rows, marks: Array | None
+) -> tuple[Array, Rows, Array | None]:
+    """What a loop reads, as words that nobody may write to: for others each loop would be compiled once more."""
+
+    def read(values: Array, dtype: Any) -> Array:
+        found = words(values, dtype)
+        found.flags.writeable = False
+        return found
+
+    stays = None if marks is None else read(marks, np.uint16)
+    return read(base, np.int32), tuple(read(row, np.int32) for row in rows), stays
 
 
 def _words(values: Array, dtype: Any) -> Array:
