@@ -64,6 +64,7 @@ docs: $(READY)  ## what the documentation says about commands, methods and the t
 bench: $(READY)  ## the benchmarks in minutes, at sizes that show where time goes; results in build/bench
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m benchmarks.bench_run --json $(RESULTS)/run.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_shares --json $(RESULTS)/shares.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_kernels --json $(RESULTS)/kernels.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_dask --json $(RESULTS)/dask.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_plan --size 70B --repeats 1 --json $(RESULTS)/plan.json $(ARGS)
