@@ -92,14 +92,17 @@ class Merge:
 
     def by_units(self, stored: Callable[[list[Array], Any, Blocks], bool], out: Array | Accumulator) -> bool:
         """Hand a kernel of stored bits one unit after another; an output of the tensor's size is cut likewise."""
-        start = 0
-        for windows in self.units:
+        for start, windows in zip(range(0, self.out.size, UNIT), self.units, strict=True):
             stop = start + len(windows[0])
             into = out if isinstance(out, Accumulator) else out[start:stop]
             if not stored(windows, into, (start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS))):
                 return False
-            start = stop
         return True
+
+    def xor(self) -> None:
+        """The exclusive or of the streams, in the place of what the kernel makes of them."""
+        for start, windows in zip(range(0, self.out.size, UNIT), self.units, strict=True):
+            _xor(tuple(windows), self.out[start : start + UNIT])
 
     def apply_tiles(self) -> None:
         """Decode, kernel, encode: the way for other dtypes."""
@@ -142,15 +145,15 @@ def random_streams(size: int, models: int) -> list[Array]:
 def as_read(units: list[list[Array]]) -> list[list[Array]]:
     """The windows of all units where the direct reader puts them: one after another in its arena."""
     arena = Arena(sum(window.nbytes + SLACK_BYTES for windows in units for window in windows))
-    placed = []
-    for windows in units:
-        placed.append(list(windows))
-        for number, window in enumerate(windows):
-            start = arena.take(window.nbytes + SLACK_BYTES)
-            placed[-1][number] = arena.bytes[start : start + window.nbytes].view(window.dtype)
-            placed[-1][number][:] = window
-            placed[-1][number].flags.writeable = False
-    return placed
+
+    def placed(window: Array) -> Array:
+        start = arena.take(window.nbytes + SLACK_BYTES)
+        there: Array = arena.bytes[start : start + window.nbytes].view(window.dtype)
+        there[:] = window
+        there.flags.writeable = False
+        return there
+
+    return [[placed(window) for window in windows] for windows in units]
 
 
 def _bits(values: Array) -> Array:
@@ -207,7 +210,7 @@ def report_roofed(report: Report, streams: list[Array], density: float, repeats:
         if merge.state:
             report.add(f"{name}: sweeps", nanoseconds(merge.reduce, size, repeats), "ns")
         merge.units = as_read(merge.units)
-        kernel, roof = in_turn([merge.apply, partial(xor, merge)], size, repeats)
+        kernel, roof = in_turn([merge.apply, merge.xor], size, repeats)
         report.add(f"{name}: kernel", kernel, "ns")
         report.add(f"{name}: memory roof, xor of {len(merge.streams)} streams", roof, "ns")
         report.add(f"{name}: kernel / memory roof", [one / other for one, other in zip(kernel, roof, strict=True)], "x")
@@ -222,15 +225,6 @@ def report_roofed(report: Report, streams: list[Array], density: float, repeats:
             report.add(f"{name}: norms around the drop", nanoseconds(merge.reduce, size, repeats), "ns")
         if name == "ties":
             report.add(f"{name}: norms of what is kept", nanoseconds(merge.measure, size, repeats), "ns")
-
-
-def xor(merge: Merge) -> None:
-    """The exclusive or of the streams of a merge, in the place of what it makes of them."""
-    start = 0
-    for windows in merge.units:
-        stop = start + len(windows[0])
-        _xor(tuple(windows), merge.out[start:stop])
-        start = stop
 
 
 def report_threshold(report: Report, streams: list[Array], density: float, repeats: int) -> None:

@@ -56,9 +56,7 @@ def main(
         folders = write_checkpoints(here / "models", LAYOUTS[size], experts)
         warm_up(here / "warm-up", methods, [experts])
         for method in methods:
-            recipe = recipe_of(method, folders, density)
-            drop_from_cache(inputs_of(recipe))
-            runs = []
+            recipe, runs = recipe_of(method, folders, density), []
             for _ in range(repeats):
                 build(recipe, here / "ours")
                 drop_from_cache(inputs_of(recipe))
