@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 KEPT_SHARE = 0.001
 """Of the entries of a task vector in the shared bases."""
 
+TIED = 1e-9
+"""Entries that differ from the least one kept by this share of it are as large, but for rounding, and are kept too: which
+of the entries of twins is largest would depend on the processor."""
+
 
 def rank_of(job: Job) -> int:
     """Components kept of each task vector."""
@@ -117,7 +121,7 @@ def _merged_core(
             continue
         matrix = (over[:, first:last] * values[first:last]) @ across[:, first:last].T
         magnitudes = matrix.abs().reshape(-1)
-        least = torch.topk(magnitudes, min(kept, magnitudes.shape[0])).values[-1]
+        least = torch.topk(magnitudes, min(kept, magnitudes.shape[0])).values[-1] * (1 - TIED)
         matrix[matrix.abs() < least] = 0
         del magnitudes
         parts.append(matrix.to_sparse())
