@@ -18,8 +18,11 @@ BUNDLES_AHEAD = 2
 class Announced(Protocol):
     """What is told to a reader: see :class:`mergepipe.tasks.nodes.TensorWork`."""
 
+    def begin_sample(self) -> None:
+        """Tell the reader what will be asked for as soon as the tensor before has no work for some worker."""
+
     def begin(self) -> None:
-        """Tell the reader what will be asked for."""
+        """Tell the reader what will be asked for after that."""
 
     def end(self) -> None:
         """Tell the reader that nothing will be asked for any more."""
@@ -46,15 +49,24 @@ class Upcoming(Generic[W]):
         """The same bundles, of which a few more have been announced each time."""
         waiting: deque[list[int]] = deque()
         for bundle in bundles:
-            for number in bundle:
-                work = self._make(number)
-                with self._lock:
-                    self._works[number] = work
-                work.begin()
+            self._open(bundle)
+            self._begin(waiting[-1] if waiting else [])
             waiting.append(bundle)
-            if len(waiting) > BUNDLES_AHEAD:
+            if len(waiting) > BUNDLES_AHEAD + 1:
                 yield waiting.popleft()
+        self._begin(waiting[-1] if waiting else [])
         yield from waiting
+
+    def _open(self, bundle: list[int]) -> None:
+        for number in bundle:
+            work = self._make(number)
+            with self._lock:
+                self._works[number] = work
+            work.begin_sample()
+
+    def _begin(self, bundle: list[int]) -> None:
+        for number in bundle:
+            self[number].begin()
 
     def __getitem__(self, number: int) -> W:
         """The work on a tensor in sight."""

@@ -7,8 +7,9 @@
 
 The arena is the only memory: its pages are touched once and used again and again, since fresh pages cost more than
 reading into them does. What a caller will need again stays where it is until the last use, so that a tensor set that
-fits is read from disk once. Whatever is idle may be dropped to make room and is read again if need be; all windows of a
-unit are taken together or not at all, so that callers can't starve each other.
+fits is read from disk once. Each announcement is of one pass: what is asked for twice is announced twice, and kept if it
+is still there. Whatever is idle may be dropped to make room, and is announced again then. All windows of a unit are
+taken together or not at all, and who has waited longest is served first, so that callers can't starve each other.
 """
 
 from __future__ import annotations
@@ -161,13 +162,25 @@ class Arena:
 
 @dataclass(slots=True)
 class _Piece:
-    """A window's place in the arena."""
+    """A window's place in the arena.
+
+    Attributes
+    ----------
+    users : int
+        Calls that have it now.
+    expected : int
+        Calls that were announced, and that it is kept for.
+    unit : list of Key
+        What they will ask for together.
+    """
 
     key: Key
     start: int
     reserved: int
     loading: Future[U8] = field(init=False)
     users: int = 0
+    expected: int = 0
+    unit: list[Key] = field(default_factory=list)
 
 
 class DirectReader:
@@ -214,7 +227,7 @@ class DirectReader:
         self._changed = threading.Condition()
         self._pieces: dict[Key, _Piece] = {}
         self._queue: deque[list[Key]] = deque()
-        self._waiting = 0
+        self._line: deque[object] = deque()
         self._closed = False
         self._pool = ThreadPoolExecutor(threads, "mergepipe-read")
 
@@ -282,22 +295,38 @@ class DirectReader:
     def _take(self, keys: list[Key]) -> list[_Piece]:
         """Pin the pieces of a unit, loading what is not there; waits until there is room for all of them."""
         with self._changed:
-            with suppress(ValueError):  # what was read ahead, or never announced, is not in the queue
-                self._queue.remove(keys)
-            self._waiting += 1
+            self._expect_no_more(keys)
+            turn = object()
+            self._line.append(turn)
             try:
-                # While another unit is at work it is better to wait for its room than to drop what will be read again.
-                while (pieces := self._admit(keys, evict=not self._at_work())) is None:
-                    if any(not self._idle(piece) for piece in self._pieces.values()):
+                while (pieces := self._admit_in_turn(keys, turn)) is None:
+                    if self._line[0] is not turn or any(not self._idle(piece) for piece in self._pieces.values()):
                         self._changed.wait()
                         continue
                     # Nobody else is at work: only what is kept of this very unit is in its own way.
-                    for piece in list(self._pieces.values()):
-                        self._drop(piece)
+                    for piece in reversed(list(self._pieces.values())):
+                        self._give_up(piece)
             finally:
-                self._waiting -= 1
+                self._line.remove(turn)
+                self._changed.notify_all()
             self.bytes_read += sum(total_length(key) for key in keys)
             return pieces
+
+    def _expect_no_more(self, keys: list[Key]) -> None:
+        """A unit is asked for: take back its announcement. It may have been announced again, for another pass."""
+        there = [piece for key in keys if (piece := self._pieces.get(key)) is not None and piece.expected]
+        for piece in there:
+            piece.expected -= 1
+        if not there:
+            with suppress(ValueError):  # nobody has announced it
+                self._queue.remove(keys)
+
+    def _admit_in_turn(self, keys: list[Key], turn: object) -> list[_Piece] | None:
+        """The pieces of a unit if there is room, or if they are there; room goes to whoever has waited longest."""
+        if self._line[0] is not turn and not all(key in self._pieces for key in keys):
+            return None
+        # While another unit is at work it is better to wait for its room than to drop what will be read again.
+        return self._admit(keys, evict=not self._at_work())
 
     def _at_work(self) -> bool:
         return any(piece.users for piece in self._pieces.values())
@@ -308,19 +337,21 @@ class DirectReader:
                 piece.users -= 1
                 # A wait that was broken off leaves reads under way; their memory is dropped by whoever needs room.
                 failed = piece.loading.done() and (piece.loading.cancelled() or piece.loading.exception() is not None)
-                if self._idle(piece) and (last or failed):
+                if self._idle(piece) and ((last and not piece.expected) or failed):
                     self._drop(piece)
             self._pump()
             self._changed.notify_all()
 
     def _pump(self) -> None:
         """Begin to read ahead what there is room for; nothing is dropped for it, and who waits goes first."""
-        while self._queue and not self._waiting and not self._closed:
+        while self._queue and not self._line and not self._closed:
             pieces = self._admit(self._queue[0], evict=False)
             if pieces is None:
                 return
             for piece in pieces:
                 piece.users -= 1
+                piece.expected += 1
+                piece.unit = self._queue[0]
             self._queue.popleft()
 
     def _admit(self, keys: list[Key], *, evict: bool) -> list[_Piece] | None:
@@ -352,12 +383,21 @@ class DirectReader:
             idle = next((piece for piece in reversed(self._pieces.values()) if self._idle(piece)), None)
             if idle is None or not evict:
                 return None
-            self._drop(idle)
+            self._give_up(idle)
         piece = self._pieces[key] = _Piece(key, start, reserved)
         return piece
 
     def _idle(self, piece: _Piece) -> bool:
         return piece.users == 0 and piece.loading.done()
+
+    def _give_up(self, piece: _Piece) -> None:
+        """Drop what is needed later than something else; where it was read ahead, it is announced again."""
+        again = piece.expected
+        if again:
+            self._queue.extendleft([piece.unit] * again)
+            for other in [self._pieces[key] for key in piece.unit if key in self._pieces]:
+                other.expected = max(0, other.expected - again)
+        self._drop(piece)
 
     def _drop(self, piece: _Piece) -> None:
         del self._pieces[piece.key]

@@ -47,6 +47,9 @@ class MatrixWork(TensorWork):
         self._panels: set[tuple[int, int]] = set()
         self.steps = matrix.steps(self.job) if self.units else ()
 
+    def begin_sample(self) -> None:
+        """Nothing to announce, either."""
+
     def begin(self) -> None:
         """Nothing to announce: panels are read as often as the solver asks for them."""
 

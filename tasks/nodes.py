@@ -197,13 +197,25 @@ class TensorWork:
         first = () if self.base is None else (self.base,)
         return (*first, *self.models, *self.importances, *(() if self.carried is None else (self.carried,)))
 
+    def begin_sample(self) -> None:
+        """Tell the reader what a sample will ask for."""
+        for sweep in self.sweeps:
+            if self._is_looked_at_in_part(sweep):
+                self._announce([sweep])
+
     def begin(self) -> None:
-        """Tell the reader what will be asked for."""
-        # What is read once is announced once; sweeps that hardly ever come are not announced.
-        expected = [sweep for sweep in self.sweeps if expected_reads([sweep])][: 1 if self._resident else None]
-        looks = [self._looked_at(sweep, unit) for sweep in expected for unit in self.sweep_units]
-        apply = () if looks and self._resident and self.units == self.sweep_units else self.units
-        self._reader.ahead(self._segments(blocks) for blocks in (*chain.from_iterable(looks), *apply))
+        """Tell the reader what will be asked for after that."""
+        expected = [sweep for sweep in self.sweeps if expected_reads([sweep])]  # the others hardly ever come
+        if self._resident:
+            expected = expected[:1]
+        self._announce([sweep for sweep in expected if not self._is_looked_at_in_part(sweep)])
+        # What is read once is announced once.
+        if not (expected and self._resident and self.units == self.sweep_units):
+            self._reader.ahead(self._segments(blocks) for blocks in self.units)
+
+    def _announce(self, sweeps: Sequence[Reduction]) -> None:
+        looks = (self._looked_at(sweep, unit) for sweep in sweeps for unit in self.sweep_units)
+        self._reader.ahead(self._segments(blocks) for blocks in chain.from_iterable(looks))
 
     def end(self) -> None:
         """Tell the reader that nothing will be asked for any more."""
@@ -247,9 +259,12 @@ class TensorWork:
 
     def _looked_at(self, reduction: Reduction, blocks: tuple[int, int]) -> list[tuple[int, int]]:
         """The parts of a unit that a sweep is given: all of it, or a few blocks if they are read for a sample alone."""
-        if self._resident or not getattr(reduction, "sampled", False):
-            return [blocks]
-        return [(first, first + 1) for first in range(*blocks, SAMPLED_BLOCKS)]
+        if self._is_looked_at_in_part(reduction):
+            return [(first, first + 1) for first in range(*blocks, SAMPLED_BLOCKS)]
+        return [blocks]
+
+    def _is_looked_at_in_part(self, reduction: Reduction) -> bool:
+        return not self._resident and getattr(reduction, "sampled", False)
 
     def combine(self, sweep: int, *_after: object) -> None:
         """Turn what a sweep collected into new entries of the state."""
@@ -455,6 +470,9 @@ class TensorCopy:
         self._sink = sink
         self._stop = stop
         self._report = report
+
+    def begin_sample(self) -> None:
+        """Nothing is looked at before."""
 
     def begin(self) -> None:
         """Tell the reader what will be asked for."""

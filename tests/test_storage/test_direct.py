@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,24 @@ def reader() -> Iterator[DirectReader]:
 def units_of(path: str, count: int = 4) -> list[list[list[Segment]]]:
     """Units of one window each, at odd places of a file."""
     return [[[Segment(path, 100 + number * UNIT, UNIT)]] for number in range(count)]
+
+
+def announced_keys(units: list[list[list[Segment]]]) -> list[list[tuple[Segment, ...]]]:
+    """As the reader's queue has them."""
+    return [[tuple(segments) for segments in unit] for unit in units]
+
+
+def list_of(reader: DirectReader, unit: list[list[Segment]]) -> list[np.ndarray]:
+    with reader.windows(unit, last=True) as windows:
+        return [window.copy() for window in windows]
+
+
+def wait_for_line(reader: DirectReader, length: int) -> None:
+    """Wait until so many calls wait for room."""
+    deadline = time.monotonic() + 10
+    while len(reader._line) < length:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def settle(reader: DirectReader) -> None:
@@ -138,6 +157,86 @@ def test_reading_ahead_stays_within_the_budget(files: dict[str, bytes]) -> None:
                 (segment,) = unit[0]
                 assert window.tobytes() == files[segment.path][segment.offset : segment.offset + UNIT]
         assert reader.bytes_loaded == len(units) * UNIT
+
+
+def test_two_passes_are_two_announcements(files: dict[str, bytes]) -> None:
+    """The second pass is read ahead as well, though the first asks for the same windows while it waits in the queue."""
+    units = units_of(next(iter(files)))
+    with DirectReader(2 * (UNIT + SLACK_BYTES)) as reader:
+        reader.ahead(units + units)
+        for number in range(2 * len(units)):
+            settle(reader)
+            assert len(reader._pieces) == min(2, 2 * len(units) - number), "as many as there is room for"
+            with reader.windows(units[number % len(units)], last=True):
+                pass
+        assert reader.bytes_loaded == 2 * len(units) * UNIT
+        assert not reader._pieces
+        assert not reader._queue
+
+
+def test_a_window_in_use_is_kept_for_the_next_pass(files: dict[str, bytes], reader: DirectReader) -> None:
+    unit = units_of(next(iter(files)), 1)
+    with reader.windows(unit[0], last=True):
+        reader.ahead(unit)
+    with reader.windows(unit[0], last=True):
+        pass
+    assert reader.bytes_loaded == UNIT
+    assert not reader._pieces
+
+
+def test_what_has_to_give_way_is_read_ahead_again(files: dict[str, bytes]) -> None:
+    first, second, _ = sorted(files)
+    announced, urgent = units_of(first, 3), units_of(second, 1)[0]
+    with DirectReader(3 * (UNIT + SLACK_BYTES)) as reader:
+        reader.ahead(announced)
+        settle(reader)
+        with reader.windows(urgent, last=True):
+            assert reader._queue == deque(announced_keys(announced[2:]))
+        settle(reader)
+        assert not reader._queue
+        assert len(reader._pieces) == 3
+        for unit in announced:
+            with reader.windows(unit, last=True):
+                pass
+        assert not reader._pieces
+
+
+def test_who_waits_longest_gets_the_room(files: dict[str, bytes]) -> None:
+    """Two units hold all memory; of two that wait, the first is served first, though the second would fit sooner."""
+    path = next(iter(files))
+    served: list[str] = []
+    large = [[Segment(path, number * UNIT, UNIT)] for number in (2, 3)]
+
+    def ask(name: str, unit: list[list[Segment]]) -> None:
+        with reader.windows(unit, last=True):
+            served.append(name)
+
+    with DirectReader(2 * (UNIT + SLACK_BYTES)) as reader, ThreadPoolExecutor(2) as pool:
+        with reader.window([Segment(path, 0, UNIT)], last=True):
+            with reader.window([Segment(path, UNIT, UNIT)], last=True):
+                waiting = [pool.submit(ask, "large", large)]
+                wait_for_line(reader, 1)
+                waiting.append(pool.submit(ask, "small", [[Segment(path, 4 * UNIT, UNIT // 2)]]))
+                wait_for_line(reader, 2)
+            time.sleep(0.02)
+            assert not served, "there is room for the second, but it is not its turn"
+        for one in waiting:
+            one.result(timeout=10)
+    assert served == ["large", "small"]
+
+
+def test_what_is_there_is_given_to_whoever_asks(files: dict[str, bytes]) -> None:
+    """It takes no room, so nobody has to wait in line for it."""
+    path = next(iter(files))
+    with DirectReader(2 * (UNIT + SLACK_BYTES)) as reader, ThreadPoolExecutor(1) as pool:
+        unit = [[Segment(path, 0, UNIT)]]
+        with reader.windows(unit, last=False):
+            large = [[Segment(path, number * UNIT, UNIT)] for number in (2, 3)]
+            waiting = pool.submit(lambda: [window.size for window in list_of(reader, large)])
+            wait_for_line(reader, 1)
+            with reader.windows(unit, last=True):
+                assert not waiting.done()
+        assert waiting.result(timeout=10) == [UNIT, UNIT]
 
 
 def test_what_is_forgotten_makes_room(files: dict[str, bytes], reader: DirectReader) -> None:
