@@ -240,6 +240,7 @@ class Execution:
             self._drivers,
             self.announce,
             self._unchanged.check,
+            workers=self.workers,
             sha256=self.sha256,
             on_shard=self.on_shard,
         )
@@ -456,8 +457,8 @@ class Execution:
                 self.squares[number] = state
 
     def _finish(self, works: Upcoming[TensorWork | TensorCopy], number: int) -> None:
-        """A tensor is complete."""
+        """A tensor is computed."""
         works.end(number)
-        logger.debug("'%s' is made", self.plan.tensors[number].name)
-        self.announce(TensorFinished(self.plan.tensors[number].name))
-        self.shards.finish(number)
+        name = self.plan.tensors[number].name
+        logger.debug("'%s' is made", name)
+        self.shards.when_written(number, lambda: self.announce(TensorFinished(name)))

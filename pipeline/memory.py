@@ -18,7 +18,7 @@ from mergepipe.tasks.blocks import BLOCK_ELEMENTS
 
 MIB = 1024 * 1024
 RESERVED_BYTES = 256 * MIB
-"""Interpreter, libraries, compiled kernels, what the allocator keeps and 16 MiB of output that waits to be hashed: at
+"""Interpreter, libraries, compiled kernels, what the allocator keeps and 32 MiB of output that waits to be hashed: at
 most 213 MiB were measured in fresh processes beyond what units take and what waits (88 MiB before any work, 116 MiB
 where the kernels had to be compiled)."""
 
@@ -33,6 +33,9 @@ DEFAULT_ALLOWED = 512 * MIB
 
 TENSORS_IN_FLIGHT = 2
 """Tensors worked on at once, so that one's last reduction does not leave workers idle."""
+
+UNITS_BEHIND = 2
+"""Units of output that wait for the disk beside those at work, so that no worker does."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -95,10 +98,15 @@ def projected_bytes(unit: UnitShape) -> int:
     True
     """
     inputs = unit.elements * unit.inputs * unit.input_itemsize if unit.gathered else 0
-    output = unit.elements * unit.output_itemsize
+    output = output_bytes(unit)
     tile = min(unit.elements, BLOCK_ELEMENTS)
     tiles = (unit.inputs + 1 + unit.scratch_rows) * tile * unit.work_itemsize
     return inputs + output + tiles
+
+
+def output_bytes(unit: UnitShape) -> int:
+    """Memory of what a unit makes, as it is written."""
+    return unit.elements * unit.output_itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +138,19 @@ class MatrixShape:
 
 
 def matrix_bytes(matrix: MatrixShape, workers: int) -> int:
-    """Anonymous memory of one whole-matrix tensor in flight: solver + panel + accumulators + each worker's unit.
+    """Anonymous memory of one whole-matrix tensor in flight: solver + panel + accumulators + units at work and written.
 
     Examples
     --------
     >>> matrix = MatrixShape(held=10**8, unit_elements=10**6, output_itemsize=2, unit_bytes=10**6,
     ...                      panel_bytes=10**7, kept=0)
-    >>> matrix_bytes(matrix, workers=2) == 8 * 10**8 + 10**7 + 2 * (10**6 * (8 + 2) + 10**6)
+    >>> units = 2 * (10**6 * (8 + 2) + 10**6) + UNITS_BEHIND * 10**6 * 2
+    >>> matrix_bytes(matrix, workers=2) == 8 * 10**8 + 10**7 + units
     True
     """
-    rows = matrix.unit_elements * (8 + matrix.output_itemsize)
-    return 8 * matrix.held + matrix.panel_bytes + matrix.kept + workers * (rows + matrix.unit_bytes)
+    output = matrix.unit_elements * matrix.output_itemsize
+    units = workers * (matrix.unit_elements * 8 + output + matrix.unit_bytes) + UNITS_BEHIND * output
+    return 8 * matrix.held + matrix.panel_bytes + matrix.kept + units
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +214,7 @@ class Ceiling:
         kept = self.kept(tensor)
         blocks = max(1, wanted)
         while True:
-            need = self.workers * projected_bytes(replace(unit, elements=blocks * block)) + kept
+            need = self.units_bytes(replace(unit, elements=blocks * block)) + kept
             if need <= self.allowed - self.reserved:
                 return blocks
             if blocks == 1:
@@ -224,15 +234,19 @@ class Ceiling:
         """What tensors in flight keep while their units run; each worker may be at one with adjustments of its own."""
         return TENSORS_IN_FLIGHT * accumulator_bytes(tensor, self.workers) + (self.workers + 1) * tensor.held
 
+    def units_bytes(self, unit: UnitShape) -> int:
+        """What all workers' units of this shape take, and those that are made and not written yet."""
+        return self.workers * projected_bytes(unit) + UNITS_BEHIND * output_bytes(unit)
+
     def smallest(self, unit: UnitShape, tensor: TensorShape, block: int) -> int:
         """Bytes that a tensor takes, beside what is reserved, when its units are single blocks."""
         kept = self.kept(tensor)
-        return self.workers * projected_bytes(replace(unit, elements=block)) + kept
+        return self.units_bytes(replace(unit, elements=block)) + kept
 
     def projected(self, unit: UnitShape, tensor: TensorShape) -> int:
         """Anonymous memory of the whole process at its peak, while units of this shape run."""
         kept = self.kept(tensor)
-        return self.reserved + self.workers * projected_bytes(unit) + kept
+        return self.reserved + self.units_bytes(unit) + kept
 
     def pool_bytes(self, unit: UnitShape, tensor: TensorShape) -> int:
         """What a direct reader may take beside the units of this shape, `gathered` as they are: all that is left."""

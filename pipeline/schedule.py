@@ -350,8 +350,9 @@ def _cut(
 
 
 def _copied_unit(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool]) -> UnitShape:
-    """The smallest unit of a copied tensor: mapped and written, it takes memory only where it has to be gathered."""
-    return UnitShape(COPIED_ELEMENTS, 1, DTYPES[tensor.dtype].itemsize, 0, 0, 0, _gathers(tensor, plan, gathered))
+    """The smallest unit of a copied tensor, which needs no tiles."""
+    itemsize = DTYPES[tensor.dtype].itemsize
+    return UnitShape(COPIED_ELEMENTS, 1, itemsize, itemsize, 0, 0, _gathers(tensor, plan, gathered))
 
 
 def _unit(

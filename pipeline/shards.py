@@ -1,8 +1,9 @@
 """The output shards of a run: opened, filled, sealed as they are complete, handed over if the user asks for it.
 
-Sealing happens on a thread of its own, beside the work on the next shard, in this order: commit what was written, make
-the file durable and complete its checksums, record that in the journal, rename. Once the record is there, the file is
-whole under one of its two names.
+Workers fill memory that :mod:`mergepipe.storage.outgoing` lends them, and its threads write it: a unit is done when it
+is written, a tensor when its last unit is. Sealing happens on a thread of its own, beside the work on the next shard,
+in this order: commit what was written, make the file durable and complete its checksums, record that in the journal,
+rename. Once the record is there, the file is whole under one of its two names.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +23,13 @@ from mergepipe.pipeline.drive import Drivers
 from mergepipe.pipeline.events import Announcer, ShardSealed
 from mergepipe.pipeline.handover import SHARDS_OPEN, hand_over, handed_record
 from mergepipe.pipeline.masks import TaskMasks
+from mergepipe.pipeline.memory import UNITS_BEHIND
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.resume import Progress, merged, sealed_record
 from mergepipe.storage.digest import Held
 from mergepipe.storage.journal import Journal
 from mergepipe.storage.layout import OutputLayout, PlacedTensor
+from mergepipe.storage.outgoing import U8, Outgoing
 from mergepipe.storage.writer import PAGE, SealedShard, ShardWriter, publish_part, sync_folder
 from mergepipe.tasks.method import Array
 
@@ -49,6 +53,8 @@ class Shards:
     announce : Announcer
     check_inputs : callable
         Raises if an input is not what it was when the run began.
+    workers : int
+        How many threads make units of output.
     sha256 : bool
     on_shard : str or None
         The user's command for each complete shard.
@@ -71,6 +77,7 @@ class Shards:
         announce: Announcer,
         check_inputs: Callable[[], None],
         *,
+        workers: int,
         sha256: bool,
         on_shard: str | None,
     ) -> None:
@@ -92,6 +99,7 @@ class Shards:
         self._sealed: list[Future[SealedShard]] = []
         self._open_tensors = {number: 0 for number in range(len(layout.shards)) if number not in progress.sealed}
         self.committer = Committer(journal, self._sync, drivers.fail, check_inputs)
+        self._outgoing = Outgoing(workers + UNITS_BEHIND, drivers.fail)
         self._sealer = ThreadPoolExecutor(1, "mergepipe-seal")
 
     def open(self) -> None:
@@ -153,10 +161,14 @@ class Shards:
     def sink(self, tensor: int) -> Sink:
         """Where the units of a tensor are written to; its shard is opened by the first of them, unless it is."""
         place = self._places[self._plan.tensors[tensor].name]
-        return Sink(tensor, place, partial(self._writer, place.shard), self.committer, self._masks)
+        return Sink(tensor, place, partial(self._writer, place.shard), self._outgoing, self.committer, self._masks)
 
-    def finish(self, tensor: int) -> None:
-        """A tensor is complete: seal its shard if it was the last one there."""
+    def when_written(self, tensor: int, done: Callable[[], None]) -> None:
+        """All units of a tensor are made: call `done` once they are written, and seal its shard if it was the last."""
+        self._outgoing.when_written(tensor, partial(self._finish, tensor, done))
+
+    def _finish(self, tensor: int, done: Callable[[], None]) -> None:
+        done()
         shard = self.shard_of(tensor)
         with self._lock:
             self._open_tensors[shard] -= 1
@@ -167,7 +179,9 @@ class Shards:
             self._sealer.submit(self._follow, shard)
 
     def commit(self) -> None:
-        """Record everything made so far; if that failed before, raise what it failed with."""
+        """Write and record everything made so far; if that failed, raise what it failed with."""
+        self._outgoing.drain()
+        self._drivers.raise_failure()
         try:
             self.committer.commit()
         except Interrupted as error:
@@ -184,6 +198,7 @@ class Shards:
 
     def close(self) -> None:
         """End the threads, commit what is written, and close the files. Unfinished shards stay as they are."""
+        self._outgoing.close()
         self._sealer.shutdown()
         try:
             self.committer.close()
@@ -260,31 +275,34 @@ class Shards:
 
 
 class Sink:
-    """Writes units of one tensor into its shard, and hands them to the committer."""
+    """Takes units of one tensor, has them written into its shard, and hands them to the committer."""
 
     def __init__(
         self,
         tensor: int,
         place: PlacedTensor,
         writer: Callable[[], ShardWriter],
+        outgoing: Outgoing,
         committer: Committer,
         masks: TaskMasks,
     ) -> None:
         self._tensor = tensor
         self._place = place
         self._writer = writer
+        self._outgoing = outgoing
         self._committer = committer
         self._masks = masks
 
-    def place(self, offset: int) -> int:
-        """Where in a page of the shard the byte `offset` of the tensor lies."""
-        return (self._place.offset + offset) % PAGE
+    def unit(self, offset: int, nbytes: int, written: Callable[[], None]) -> AbstractContextManager[U8]:
+        """Memory for the bytes of the tensor from `offset` on, written by another thread once it is filled."""
+        at = self._place.offset + offset
 
-    def __call__(self, offset: int, data: Array) -> None:
-        """Write encoded values `offset` bytes into the tensor."""
-        raw = data.reshape(-1).view("u1")
-        crc = self._writer().write(self._place.offset + offset, raw)
-        self._committer.add(DoneUnit(self._tensor, self._place.shard, offset, offset + raw.nbytes, crc))
+        def write(data: U8) -> None:
+            crc = self._writer().write(at, data)
+            self._committer.add(DoneUnit(self._tensor, self._place.shard, offset, offset + nbytes, crc))
+            written()
+
+        return self._outgoing.piece(self._tensor, nbytes, at % PAGE, write)
 
     def mask(self, model: int, start: int, bits: Array) -> None:
         """Keep a model's mask of the elements from `start` on."""

@@ -18,8 +18,8 @@ element range, and a reader of :mod:`~mergepipe.storage.readers` for the bytes o
 Both use the data type ``bfloat16`` (:mod:`~mergepipe.storage.zdtype`). zarr is the interface, not the hot path: a run
 reads ranges straight from the files of either kind.
 
-**The output** is laid out to the byte before the first one is written, written in any order, and appears under its
-final names only when it is complete.
+**The output** is laid out to the byte before the first one is written, written in any order by threads of its own
+(:mod:`~mergepipe.storage.outgoing`), and appears under its final names only when it is complete.
 
 What storage promises
 ---------------------

@@ -34,7 +34,7 @@ GRAIN_BYTES = 8 * 1024 * 1024
 WINDOW_BYTES = 2 * 1024 * 1024
 """Read back at once."""
 
-HELD_BYTES = 16 * 1024 * 1024
+HELD_BYTES = 32 * 1024 * 1024
 """Memory for pieces that wait for their turn; part of what the program itself takes, whatever it merges."""
 
 U8 = npt.NDArray[np.uint8]
@@ -132,7 +132,7 @@ class Digest:
         return None if self._sha256 is None else self._sha256.hexdigest()
 
     def put(self, start: int, data: U8) -> int:
-        """Take notice of bytes that are in the file now, and return their crc32c; they are not needed after the call.
+        """Take notice of bytes that are, or will be, in the file; return their crc32c. They are not needed afterwards.
 
         Bytes that take the place of others already taken in make it begin again, and read all of them back.
         """

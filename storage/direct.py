@@ -7,8 +7,8 @@
 
 The arena is the only memory: its pages are touched once and used again and again, since fresh pages cost more than
 reading into them does. What a caller will need again stays where it is until the last use, so that a tensor set that
-fits is read from disk once. Each announcement is of one pass: what is asked for twice is announced twice, and kept if it
-is still there. Whatever is idle may be dropped to make room, and is announced again then. All windows of a unit are
+fits is read from disk once. Each announcement is of one pass: what is asked for twice is announced twice, and kept if
+it is still there. Whatever is idle may be dropped to make room, and is announced again then. All windows of a unit are
 taken together or not at all, and who has waited longest is served first, so that callers can't starve each other.
 """
 

@@ -100,6 +100,8 @@ class ShardWriter:
         pages at the ends, which belong to a neighbour too, always go through it.
         """
         raw = data.reshape(-1).view(np.uint8)
+        # Before it is written: pieces that come in the order of the file are hashed in it, however long a write takes.
+        crc = crc32c(raw) if self._digest is None else self._digest.put(offset, raw)
         with self._room():
             first = -offset % PAGE
             last = first + max(0, raw.nbytes - first) // PAGE * PAGE
@@ -108,8 +110,6 @@ class ShardWriter:
             _write_all(self._fd, raw[:first].data, offset)
             _write_all(self._direct, raw[first:last].data, offset + first)
             _write_all(self._fd, raw[last:].data, offset + last)
-        # Before it counts as there: whoever follows would read it back.
-        crc = crc32c(raw) if self._digest is None else self._digest.put(offset, raw)
         self.mark(offset, offset + raw.nbytes)
         return crc
 

@@ -84,10 +84,8 @@ class MatrixWork(TensorWork):
         else:
             merged.fill(0)
         self._solver.add_update(rows_of(self._shape, blocks), merged.reshape(-1, self._shape[1]))
-        out = self._buffers.get("output", merged.shape, self.out.bits, self._sink.place(start * self.out.itemsize))
-        self._encode(merged, start, out)
-        self._sink(start * self.out.itemsize, out)
-        self._report("apply", self._input_bytes(blocks) + out.nbytes)
+        with self._unit_of_output(start, stop, self._input_bytes(blocks)) as out:
+            self._encode(merged, start, out)
 
     def _read_base(self, start: int, stop: int, out: Array) -> None:
         """Elements `start` to `stop` of the base, float64."""

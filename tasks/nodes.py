@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -52,11 +54,13 @@ SAMPLED_BLOCKS = 16
 class Sink(Protocol):
     """Takes encoded bytes of one output tensor."""
 
-    def place(self, offset: int) -> int:
-        """Where in a page the byte `offset` of the tensor lies; from the same place of memory it is written fastest."""
+    def unit(
+        self, offset: int, nbytes: int, written: Callable[[], None]
+    ) -> AbstractContextManager[npt.NDArray[np.uint8]]:
+        """Memory for the bytes of the tensor from `offset` on, to be filled in a ``with`` block.
 
-    def __call__(self, offset: int, data: npt.NDArray[Any]) -> None:
-        """Write a contiguous array `offset` bytes into the tensor; the array may be reused afterwards."""
+        They are written after the block, unless it raises, and `written` is called then, both on another thread.
+        """
 
     def mask(self, model: int, start: int, bits: npt.NDArray[Any]) -> None:
         """Keep a model's mask, bool, of the elements from `start` on; before the elements themselves are written."""
@@ -65,11 +69,9 @@ class Sink(Protocol):
 class Nowhere:
     """The sink of a sweep that has no output."""
 
-    def place(self, offset: int) -> int:
-        """Anywhere."""
-        return 0
-
-    def __call__(self, offset: int, data: npt.NDArray[Any]) -> None:
+    def unit(
+        self, offset: int, nbytes: int, written: Callable[[], None]
+    ) -> AbstractContextManager[npt.NDArray[np.uint8]]:
         """Nothing is ever written."""
         raise AssertionError("a sweep of a round writes nothing")
 
@@ -84,17 +86,14 @@ class WorkerBuffers(threading.local):
     def __init__(self) -> None:
         self._flat: dict[str, npt.NDArray[np.uint8]] = {}
 
-    def get(self, role: str, shape: tuple[int, ...], dtype: Any, place: int = 0) -> Array:
-        """An array with undefined contents, valid until this thread asks for the same role again.
-
-        It begins `place` bytes into a page of memory.
-        """
+    def get(self, role: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array with undefined contents, valid until this thread asks for the same role again."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         flat = self._flat.get(role)
-        if flat is None or flat.nbytes < nbytes + 2 * PAGE:
-            flat = self._flat[role] = np.empty(nbytes + 2 * PAGE, np.uint8)
-        start = -flat.ctypes.data % PAGE + place
+        if flat is None or flat.nbytes < nbytes + PAGE:
+            flat = self._flat[role] = np.empty(nbytes + PAGE, np.uint8)
+        start = -flat.ctypes.data % PAGE
         array: Array = flat[start : start + nbytes].view(dtype).reshape(shape)
         return array
 
@@ -280,13 +279,18 @@ class TensorWork:
         """Compute one unit of the output and write it."""
         self._stop()
         start, stop = self._bounds(self.units[unit])
-        place = self._sink.place(start * self.out.itemsize)
-        out = self._buffers.get("output", (stop - start,), self.out.bits, place)
         stored = self.method.stored(self.job, self.state) if self._all_bf16 and self.out.name == "BF16" else None
-        if stored is None or not self._run_stored(stored, self.units[unit], out, last=True):
-            self._run_tiles(unit, out)
-        self._sink(start * self.out.itemsize, out)
-        self._report("apply", self._input_bytes(self.units[unit]) + out.nbytes)
+        with self._unit_of_output(start, stop, self._input_bytes(self.units[unit])) as out:
+            if stored is None or not self._run_stored(stored, self.units[unit], out, last=True):
+                self._run_tiles(unit, out)
+
+    @contextmanager
+    def _unit_of_output(self, start: int, stop: int, bytes_read: int) -> Iterator[Array]:
+        """Memory for the encoded elements from `start` to `stop`, which are written after the block."""
+        nbytes = (stop - start) * self.out.itemsize
+        report = partial(self._report, "apply", bytes_read + nbytes)
+        with self._sink.unit(start * self.out.itemsize, nbytes, report) as raw:
+            yield raw.view(self.out.bits)
 
     def _run_stored(
         self, body: Callable[[list[Array], T, Blocks], bool], blocks: Blocks, out: T, *, last: bool
@@ -487,7 +491,10 @@ class TensorCopy:
     def apply(self, unit: int, *_after: object) -> None:
         """Copy one unit."""
         self._stop()
-        start = self.units[unit][0]
-        with self._reader.window(self._segments(self.units[unit]), last=True) as window:
-            self._sink(start * self._itemsize, window)
-            self._report("apply", 2 * window.nbytes)
+        start, stop = self.units[unit]
+        nbytes = (stop - start) * self._itemsize
+        with (
+            self._sink.unit(start * self._itemsize, nbytes, partial(self._report, "apply", 2 * nbytes)) as out,
+            self._reader.window(self._segments(self.units[unit]), last=True) as window,
+        ):
+            out[:] = window

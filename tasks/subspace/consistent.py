@@ -25,8 +25,8 @@ KEPT_SHARE = 0.001
 """Of the entries of a task vector in the shared bases."""
 
 TIED = 1e-9
-"""Entries that differ from the least one kept by this share of it are as large, but for rounding, and are kept too: which
-of the entries of twins is largest would depend on the processor."""
+"""Entries that differ from the least one kept by this share of it are as large, but for rounding, and are kept too:
+which of the entries of twins is largest would depend on the processor."""
 
 
 def rank_of(job: Job) -> int:

@@ -17,11 +17,13 @@ from mergepipe.pipeline.machine import available_bytes, cpu_count
 from mergepipe.pipeline.memory import (
     MIB,
     TENSORS_IN_FLIGHT,
+    UNITS_BEHIND,
     Ceiling,
     TensorShape,
     UnitShape,
     accumulator_bytes,
     blocks_in,
+    output_bytes,
     parse_bytes,
     projected_bytes,
 )
@@ -38,6 +40,7 @@ def test_each_term_counts() -> None:
     assert projected_bytes(UNIT) == 1009 * 4 + tiles
     assert projected_bytes(replace(UNIT, gathered=True)) == 1009 * 3 * 2 + 1009 * 4 + tiles
     assert projected_bytes(replace(UNIT, elements=7 * BLOCK)) == 7 * BLOCK * 4 + (3 + 1 + 5) * BLOCK * 8
+    assert output_bytes(UNIT) == 1009 * 4
     assert accumulator_bytes(TensorShape(counts=101, blocks=13), workers=7) == (7 + 1) * 101 * 8 + 13 * 8
 
 
@@ -70,7 +73,8 @@ def test_what_is_granted_fits(
         return
     assert 1 <= blocks <= wanted
     full = replace(unit, elements=blocks * block)
-    need = workers * projected_bytes(full) + TENSORS_IN_FLIGHT * accumulator_bytes(kept, workers)
+    behind = UNITS_BEHIND * output_bytes(full)
+    need = workers * projected_bytes(full) + behind + TENSORS_IN_FLIGHT * accumulator_bytes(kept, workers)
     assert ceiling.projected(full, kept) == need + ceiling.reserved <= ceiling.allowed
 
 
