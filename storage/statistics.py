@@ -5,7 +5,8 @@ models) go to disk at once, one compressed chunk per tensor. Rows of tensors tha
 as -1 for counts. The names of the tensors, in row order, are the attribute `tensors` of the group.
 
 zarr takes a sixth of a second to import, and a run that begins has no time to spare: the disk waits. So a new group is
-written without it, and it is imported with the first statistic, when the disk has enough to do; without one, never.
+written without it, and it is imported with the first statistic, without one never; beside the work, since no unit of
+that tensor goes on until its statistics are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,13 @@ class StatisticsStore:
     """
 
     def __init__(self, path: Path, tensors: Sequence[str], *, resume: bool = False) -> None:
-        self._group: Any = _whole_group(path) if resume else None
-        if self._group is None:
+        self._group: Future[Any] | None = None
+        whole = _whole_group(path) if resume else None
+        if whole is None:
             _begin_group(path, {"tensors": list(tensors)})
+        else:
+            self._group = Future()
+            self._group.set_result(whole)
         self.ballast: Ballast | None = None
         self._path = path
         self._rows = len(tensors)
@@ -69,11 +75,11 @@ class StatisticsStore:
             for name, value in state.items():
                 if name.startswith("_"):
                     continue
-                self._open()
+                group = self._open()
                 if value.nbytes > ROW_BYTES_KEPT:
                     if self.ballast is not None:
                         self.ballast.spend(value.nbytes)
-                    self._array(name, value, (1, *value.shape))[row] = value
+                    self._array(group.result(), name, value, (1, *value.shape))[row] = value
                     continue
                 if name not in self._small:
                     self._small[name] = np.full((self._rows, *value.shape), _missing(value.dtype), value.dtype)
@@ -85,20 +91,22 @@ class StatisticsStore:
             if self.ballast is not None:
                 self.ballast.close()
             for name, rows in self._small.items():
-                self._array(name, rows[0], (min(self._rows, ROWS_PER_CHUNK), *rows.shape[1:]))[...] = rows
+                chunks = (min(self._rows, ROWS_PER_CHUNK), *rows.shape[1:])
+                self._array(self._open().result(), name, rows[0], chunks)[...] = rows
 
-    def _open(self) -> None:
-        """Open the group, unless it is."""
+    def _open(self) -> Future[Any]:
+        """The group, which is opened by a thread of its own unless it is open."""
         if self._group is None:
-            import zarr
+            opener = ThreadPoolExecutor(1, "mergepipe-statistics")
+            self._group = opener.submit(_open_group, self._path)
+            opener.shutdown(wait=False)
+        return self._group
 
-            self._group = zarr.open_group(self._path, mode="r+", zarr_format=3)
-
-    def _array(self, name: str, value: npt.NDArray[Any], chunks: tuple[int, ...]) -> Any:
-        if name not in self._arrays and name in self._group:
-            self._arrays[name] = self._group[name]
+    def _array(self, group: Any, name: str, value: npt.NDArray[Any], chunks: tuple[int, ...]) -> Any:
+        if name not in self._arrays and name in group:
+            self._arrays[name] = group[name]
         if name not in self._arrays:
-            self._arrays[name] = self._group.create_array(
+            self._arrays[name] = group.create_array(
                 name,
                 shape=(self._rows, *value.shape),
                 dtype=value.dtype,
@@ -119,12 +127,16 @@ def _begin_group(path: Path, attributes: dict[str, Any]) -> None:
         (path / "zarr.json").write_text(text, encoding="utf-8")
 
 
-def _whole_group(path: Path) -> Any:
-    """The group at `path` if all its metadata can be read, else None: it is never synced, a power cut may tear it."""
+def _open_group(path: Path) -> Any:
     import zarr
 
+    return zarr.open_group(path, mode="r+", zarr_format=3)
+
+
+def _whole_group(path: Path) -> Any:
+    """The group at `path` if all its metadata can be read, else None: it is never synced, a power cut may tear it."""
     try:
-        group = zarr.open_group(path, mode="r+", zarr_format=3)
+        group = _open_group(path)
         # One by one: asked for all of them, zarr warns of what a killed write has left beside them.
         for child in path.iterdir():
             if child.is_dir() and not (child / "zarr.json").exists():
