@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from mergepipe.errors import WorkspaceError
+from mergepipe.errors import Interrupted, WorkspaceError
 from mergepipe.pipeline import devices, outputs, recheck, scoring, stages
 from mergepipe.pipeline.admission import Admission
 from mergepipe.pipeline.diagnostics import Findings, remark
@@ -265,6 +265,11 @@ class Execution:
             self._masks.finish()
             self._heads.write(self._reader)
             return self.shards.all_sealed()
+        except Interrupted:
+            workers.close()
+            self.shards.drain()
+            self._drivers.raise_failure()  # of what was still to be written
+            raise
         finally:
             workers.close()
 

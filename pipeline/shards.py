@@ -180,12 +180,16 @@ class Shards:
 
     def commit(self) -> None:
         """Write and record everything made so far; if that failed, raise what it failed with."""
-        self._outgoing.drain()
+        self.drain()
         self._drivers.raise_failure()
         try:
             self.committer.commit()
         except Interrupted as error:
             raise error.__cause__ or error from None
+
+    def drain(self) -> None:
+        """Write everything made so far."""
+        self._outgoing.drain()
 
     def all_sealed(self) -> list[SealedShard]:
         """Wait for the sealing of all shards; those of earlier runs included."""

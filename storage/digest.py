@@ -1,9 +1,9 @@
 """Checksums of a file that is written in pieces and in almost any order, taken in passing.
 
-    piece written ─┬─ comes next ──────────────► hashed from memory
-                   ├─ before its turn, room ───► held, hashed when its turn comes
-                   └─ no room, or written ─────► read back from disk when its turn comes
-                      by an earlier run
+    piece to write ─┬─ comes next ──────────────► hashed from memory
+                    ├─ before its turn, room ───► held, hashed when its turn comes
+                    └─ no room, or written ─────► read back from disk when its turn comes
+                       by an earlier run
 
 Reading a whole output back would be a fifth of all that the disk does in a merge of four models, and would record
 whatever came back as if it was meant. So the checksums are of what was handed to the disk wherever that is still known,

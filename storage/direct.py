@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -168,10 +169,8 @@ class _Piece:
     ----------
     users : int
         Calls that have it now.
-    expected : int
-        Calls that were announced, and that it is kept for.
-    unit : list of Key
-        What they will ask for together.
+    expected : list of list of Key
+        Units that were announced, and that it is kept for.
     """
 
     key: Key
@@ -179,8 +178,7 @@ class _Piece:
     reserved: int
     loading: Future[U8] = field(init=False)
     users: int = 0
-    expected: int = 0
-    unit: list[Key] = field(default_factory=list)
+    expected: list[list[Key]] = field(default_factory=list)
 
 
 class DirectReader:
@@ -259,9 +257,19 @@ class DirectReader:
         with self._changed:
             keys = {_key(segments) for segments in windows}
             self._queue = deque(unit for unit in self._queue if keys.isdisjoint(unit))
-            for key in keys & self._pieces.keys():
-                if self._idle(self._pieces[key]):
-                    self._drop(self._pieces[key])
+            for piece in self._there(keys):
+                piece.expected.clear()
+                self._drop_unless_needed(piece)
+            self._pump()
+
+    def skip(self, units: Iterable[Sequence[Sequence[Segment]]]) -> None:
+        """Take back the announcement of these units."""
+        with self._changed:
+            for unit in units:
+                keys = [_key(segments) for segments in unit]
+                self._expect_no_more(keys)
+                for piece in self._there(keys):
+                    self._drop_unless_needed(piece)
             self._pump()
 
     @contextmanager
@@ -314,9 +322,9 @@ class DirectReader:
 
     def _expect_no_more(self, keys: list[Key]) -> None:
         """A unit is asked for: take back its announcement. It may have been announced again, for another pass."""
-        there = [piece for key in keys if (piece := self._pieces.get(key)) is not None and piece.expected]
+        there = [piece for piece in self._there(keys) if keys in piece.expected]
         for piece in there:
-            piece.expected -= 1
+            piece.expected.remove(keys)
         if not there:
             with suppress(ValueError):  # nobody has announced it
                 self._queue.remove(keys)
@@ -327,6 +335,10 @@ class DirectReader:
             return None
         # While another unit is at work it is better to wait for its room than to drop what will be read again.
         return self._admit(keys, evict=not self._at_work())
+
+    def _there(self, keys: Iterable[Key]) -> list[_Piece]:
+        """The pieces in the arena, each once."""
+        return [self._pieces[key] for key in dict.fromkeys(keys) if key in self._pieces]
 
     def _at_work(self) -> bool:
         return any(piece.users for piece in self._pieces.values())
@@ -348,11 +360,11 @@ class DirectReader:
             pieces = self._admit(self._queue[0], evict=False)
             if pieces is None:
                 return
+            unit = self._queue.popleft()
             for piece in pieces:
                 piece.users -= 1
-                piece.expected += 1
-                piece.unit = self._queue[0]
-            self._queue.popleft()
+            for piece in self._there(unit):
+                piece.expected.append(unit)
 
     def _admit(self, keys: list[Key], *, evict: bool) -> list[_Piece] | None:
         """All pieces of a unit, with one more user each; None, and nothing changed, if there is no room now."""
@@ -374,6 +386,8 @@ class DirectReader:
             return None
         for piece in new:
             piece.loading = self._pool.submit(self._load, piece)
+        for piece in new:
+            piece.loading.add_done_callback(partial(self._loaded, piece))
         return pinned
 
     def _place(self, key: Key, evict: bool) -> _Piece | None:
@@ -392,12 +406,16 @@ class DirectReader:
 
     def _give_up(self, piece: _Piece) -> None:
         """Drop what is needed later than something else; where it was read ahead, it is announced again."""
-        again = piece.expected
-        if again:
-            self._queue.extendleft([piece.unit] * again)
-            for other in [self._pieces[key] for key in piece.unit if key in self._pieces]:
-                other.expected = max(0, other.expected - again)
+        units = piece.expected.copy()
+        self._queue.extendleft(reversed(units))
+        for unit in units:
+            for other in [piece for piece in self._there(unit) if unit in piece.expected]:
+                other.expected.remove(unit)
         self._drop(piece)
+
+    def _drop_unless_needed(self, piece: _Piece) -> None:
+        if self._idle(piece) and not piece.expected:
+            self._drop(piece)
 
     def _drop(self, piece: _Piece) -> None:
         del self._pieces[piece.key]
@@ -415,7 +433,13 @@ class DirectReader:
         finally:
             with self._changed:
                 self.bytes_loaded += total_length(piece.key)
-                self._changed.notify_all()
+
+    def _loaded(self, piece: _Piece, _: Future[U8]) -> None:
+        with self._changed:
+            # Nobody has it or expects it: it was forgotten while it was read.
+            if self._pieces.get(piece.key) is piece:
+                self._drop_unless_needed(piece)
+            self._changed.notify_all()
 
     def _read_direct(self, segment: Segment, memory: U8) -> U8:
         """Read the whole pages that a segment touches; the window begins inside the first one."""

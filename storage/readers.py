@@ -53,6 +53,9 @@ class Reader(Protocol):
     def ahead(self, units: Iterable[Sequence[Sequence[Segment]]]) -> None:
         """A hint: these calls of `windows` will come, in about this order."""
 
+    def skip(self, units: Iterable[Sequence[Sequence[Segment]]]) -> None:
+        """A hint: of the announced calls of `windows`, one for each of these units will not come."""
+
     def forget(self, windows: Iterable[Sequence[Segment]]) -> None:
         """A hint: these windows won't be asked for again."""
 
@@ -262,6 +265,9 @@ class MmapReader:
 
     def ahead(self, units: Iterable[Sequence[Sequence[Segment]]]) -> None:
         """Nothing: the kernel reads each window as it is mapped."""
+
+    def skip(self, units: Iterable[Sequence[Sequence[Segment]]]) -> None:
+        """Nothing: nothing was read ahead."""
 
     def forget(self, windows: Iterable[Sequence[Segment]]) -> None:
         """Nothing: the page cache makes room by itself."""

@@ -96,6 +96,8 @@ class ShardWriter:
     def write(self, offset: int, data: npt.NDArray[Any]) -> int:
         """Put the bytes of a contiguous array at an absolute offset; their crc32c. Threads may write disjoint ranges.
 
+        No byte is to be written twice: :meth:`follow` might read the first version after the second was hashed.
+
         Where the array's address and the offset have the same place in their page, whole pages go past the page cache;
         pages at the ends, which belong to a neighbour too, always go through it.
         """

@@ -233,6 +233,10 @@ class TensorWork:
         if reduction.needed(self.job, self.state):
             self._stop()
             self._sweep(reduction, sweep, unit)
+        elif not self._resident and expected_reads([reduction]):
+            # What is kept until the last use is announced once, whoever uses it first.
+            looks = self._looked_at(reduction, self.sweep_units[unit])
+            self._reader.skip([self._segments(blocks) for blocks in looks])
         self._report(reduction.name, int(expected_reads([reduction]) * self._input_bytes(self.sweep_units[unit])))
 
     def _sweep(self, reduction: Reduction, sweep: int, unit: int) -> None:
@@ -276,11 +280,11 @@ class TensorWork:
             self._on_state(self.state)
 
     def apply(self, unit: int, *_after: object) -> None:
-        """Compute one unit of the output and write it."""
-        self._stop()
+        """Compute one unit of the output and have it written."""
         start, stop = self._bounds(self.units[unit])
         stored = self.method.stored(self.job, self.state) if self._all_bf16 and self.out.name == "BF16" else None
         with self._unit_of_output(start, stop, self._input_bytes(self.units[unit])) as out:
+            self._stop()  # now: there may not have been room for a while
             if stored is None or not self._run_stored(stored, self.units[unit], out, last=True):
                 self._run_tiles(unit, out)
 
@@ -490,11 +494,11 @@ class TensorCopy:
 
     def apply(self, unit: int, *_after: object) -> None:
         """Copy one unit."""
-        self._stop()
         start, stop = self.units[unit]
         nbytes = (stop - start) * self._itemsize
         with (
             self._sink.unit(start * self._itemsize, nbytes, partial(self._report, "apply", 2 * nbytes)) as out,
             self._reader.window(self._segments(self.units[unit]), last=True) as window,
         ):
+            self._stop()
             out[:] = window

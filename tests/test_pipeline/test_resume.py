@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 
 import mergepipe
 from mergepipe.cli.main import main
-from mergepipe.errors import HandOverError, Interrupted, InTheWayError, OutputExistsError, UsageError, WorkspaceError
+from mergepipe.errors import (
+    DiskFullError,
+    HandOverError,
+    Interrupted,
+    InTheWayError,
+    OutputExistsError,
+    UsageError,
+    WorkspaceError,
+)
 from mergepipe.pipeline import recheck
 from mergepipe.pipeline.events import Event, Note, TensorFinished, UnitFinished
 from mergepipe.pipeline.plan import PlannedTensor, Source
@@ -30,7 +38,7 @@ from mergepipe.pipeline.schedule import ScheduledTensor
 from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.verify import verify
 from mergepipe.storage.journal import read_journal
-from mergepipe.storage.writer import SealedShard
+from mergepipe.storage.writer import SealedShard, ShardWriter
 from mergepipe.tasks.blocks import block_bounds, block_count
 from support.jobs import LARGER, build_job, hashes, write_job
 
@@ -140,6 +148,23 @@ def test_goes_on_where_it_was(job: Path, expected: dict[str, str], units: int) -
     mergepipe.run(job / "work", on_event=again)
     assert again.stages == []
     assert "nothing to do" in again.notes[0]
+
+
+def test_what_fails_after_the_signal_is_told(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that was made before the run was asked to stop, and could not be written after: that is what ended it."""
+    stop = threading.Event()
+
+    def write(self: ShardWriter, offset: int, data: Any) -> int:
+        assert stop.wait(10)
+        raise DiskFullError("no room for it")
+
+    def end(event: Event) -> None:
+        if isinstance(event, UnitFinished) and event.stage != "apply":
+            threading.Timer(0.3, stop.set).start()
+
+    monkeypatch.setattr(ShardWriter, "write", write)
+    with pytest.raises(DiskFullError, match="no room for it"):
+        mergepipe.run(job / "work", stop=stop, on_event=end)
 
 
 def test_reductions_are_not_made_again(tmp_path: Path) -> None:

@@ -40,9 +40,12 @@ def work(tmp_path: Path) -> Path:
 
 
 def interrupt(work: Path, units: int = 3) -> None:
+    """Stop a run as soon as so many units are written, with none on its way."""
     stop = StopAfter(units)
-    with pytest.raises(Interrupted, match="mergepipe run --work"):
-        mergepipe.run(work, workers=1, stop=stop, on_event=stop)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mergepipe.pipeline.shards.UNITS_BEHIND", 0)
+        with pytest.raises(Interrupted, match="mergepipe run --work"):
+            mergepipe.run(work, workers=1, stop=stop, on_event=stop)  # type: ignore[arg-type]
 
 
 def test_the_life_of_a_job(work: Path, tmp_path: Path) -> None:

@@ -87,3 +87,24 @@ def test_the_reader_knows_what_comes_next(
     assert {one for one, _ in asked} >= set(range(count))
     for one, known in asked:
         assert one < 0 or known >= set(range(one, min(one + 1 + BUNDLES_AHEAD, count)))
+
+
+def test_a_sweep_that_is_not_needed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`multislerp` announces three passes over what can't be held, and mostly makes two."""
+    write_job(tmp_path, {f"{n}.weight": (256, 1024) for n in range(4)}, method="multislerp")
+    build_job(tmp_path)
+    monkeypatch.setattr("mergepipe.pipeline.execution.is_resident", lambda item, pool: False)
+    monkeypatch.setattr("mergepipe.pipeline.reading.pool_bytes", lambda scheduled: 2**20)
+    left: list[tuple[int, int, int]] = []
+    close = DirectReader.close
+
+    def look(self: DirectReader) -> None:
+        # What a pass that is left out had on its way is all that was read beyond what was asked for.
+        left.append((len(self._pieces), len(self._queue), self.bytes_loaded - self.bytes_read))
+        close(self)
+
+    monkeypatch.setattr(DirectReader, "close", look)
+    mergepipe.run(tmp_path / "work", reader="direct")
+    ((pieces, queue, beyond),) = left
+    assert (pieces, queue) == (0, 0)
+    assert beyond <= 4 * 2**20

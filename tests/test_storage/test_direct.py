@@ -201,6 +201,65 @@ def test_what_has_to_give_way_is_read_ahead_again(files: dict[str, bytes]) -> No
         assert not reader._pieces
 
 
+def test_a_pass_that_does_not_come_leaves_nothing_behind(files: dict[str, bytes]) -> None:
+    """Its windows are neither read for nothing nor kept, wherever they are: in the queue, on the way, or there."""
+    first, second, _ = sorted(files)
+    one, other = units_of(first), units_of(second)
+    with DirectReader(2 * (UNIT + SLACK_BYTES)) as reader:
+        reader.ahead([*one, *one, *other])  # the second pass over the first file will be left out
+        for unit in one:
+            with reader.windows(unit, last=True):
+                pass
+        reader.skip(one)
+        settle(reader)
+        assert not any(unit in announced_keys(one) for piece in reader._pieces.values() for unit in piece.expected)
+        assert all(unit in announced_keys(other) for unit in reader._queue)
+        before = reader.bytes_loaded
+        for unit in other:
+            with reader.windows(unit, last=True):
+                pass
+        assert not reader._pieces
+        assert reader.bytes_loaded <= before + len(other) * UNIT
+        assert reader.bytes_loaded <= (len(one) + 2 + len(other)) * UNIT, "two of the second pass had been read"
+
+
+def test_what_is_forgotten_on_its_way_is_dropped_when_it_comes(
+    files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read = threading.Event()
+    read = DirectReader._read_direct
+
+    def late(self: DirectReader, segment: Segment, memory: direct.U8) -> direct.U8:
+        assert may_read.wait(10)
+        return read(self, segment, memory)
+
+    monkeypatch.setattr(DirectReader, "_read_direct", late)
+    units = units_of(next(iter(files)), 2)
+    with DirectReader(2 * (UNIT + SLACK_BYTES)) as reader:
+        reader.ahead(units)
+        reader.forget(segments for unit in units for segments in unit)
+        may_read.set()
+        deadline = time.monotonic() + 10
+        while reader._pieces:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert reader._arena.free == reader._arena.size
+
+
+def test_a_unit_may_ask_for_a_window_twice(files: dict[str, bytes]) -> None:
+    first, second, _ = sorted(files)
+    unit = [[Segment(first, 0, UNIT)], [Segment(first, 0, UNIT)]]
+    with DirectReader(2 * (UNIT + SLACK_BYTES)) as reader:
+        reader.ahead([unit])
+        settle(reader)
+        with reader.windows([*units_of(second, 1)[0], *units_of(second, 2)[1]], last=True):
+            assert len(reader._queue) == 1, "it gave way, once"
+        with reader.windows(unit, last=True) as windows:
+            assert windows[0].tobytes() == windows[1].tobytes() == files[first][:UNIT]
+        assert not reader._pieces
+        assert not reader._queue
+
+
 def test_who_waits_longest_gets_the_room(files: dict[str, bytes]) -> None:
     """Two units hold all memory; of two that wait, the first is served first, though the second would fit sooner."""
     path = next(iter(files))
