@@ -35,6 +35,10 @@ from mergepipe.tasks.method import Array
 
 logger = logging.getLogger(__name__)
 
+BACKLOG_BYTES = 16 * 1024 * 1024
+"""So much of a shard is hashed late before it is read back: where one unit took long, those behind it may have been let
+go unhashed, and until they are read back nothing after them is hashed in passing."""
+
 
 class Shards:
     """All shards of one run.
@@ -95,6 +99,7 @@ class Shards:
         self._lock = threading.Lock()
         self._writers: dict[int, ShardWriter] = {}
         self._unfinished: set[int] = set()
+        self._followed: set[int] = set()
         self._held = Held()
         self._sealed: list[Future[SealedShard]] = []
         self._open_tensors = {number: 0 for number in range(len(layout.shards)) if number not in progress.sealed}
@@ -161,7 +166,8 @@ class Shards:
     def sink(self, tensor: int) -> Sink:
         """Where the units of a tensor are written to; its shard is opened by the first of them, unless it is."""
         place = self._places[self._plan.tensors[tensor].name]
-        return Sink(tensor, place, partial(self._writer, place.shard), self._outgoing, self.committer, self._masks)
+        writer = partial(self._writer, place.shard)
+        return Sink(tensor, place, writer, self._outgoing, self.committer, self._masks, self._catch_up)
 
     def when_written(self, tensor: int, done: Callable[[], None]) -> None:
         """All units of a tensor are made: call `done` once they are written, and seal its shard if it was the last."""
@@ -236,8 +242,18 @@ class Shards:
                 for start, stop in merged(written):
                     writer.mark(offset + start, offset + stop)
 
+    def _catch_up(self, shard: int) -> None:
+        """Have what is there of a shard hashed, if much is not."""
+        with self._lock:
+            if shard in self._followed or self._writers[shard].unhashed < BACKLOG_BYTES:
+                return
+            self._followed.add(shard)
+        self._sealer.submit(self._follow, shard)
+
     def _follow(self, shard: int) -> None:
         """Hash what is there of a shard already; what fails here fails again when it is sealed."""
+        with self._lock:
+            self._followed.discard(shard)
         if not self._drivers.stopping:
             self._writer(shard).follow()
 
@@ -289,11 +305,13 @@ class Sink:
         outgoing: Outgoing,
         committer: Committer,
         masks: TaskMasks,
+        catch_up: Callable[[int], None],
     ) -> None:
         self._tensor = tensor
         self._place = place
         self._writer = writer
         self._outgoing = outgoing
+        self._catch_up = catch_up
         self._committer = committer
         self._masks = masks
 
@@ -304,6 +322,7 @@ class Sink:
         def write(data: U8) -> None:
             crc = self._writer().write(at, data)
             self._committer.add(DoneUnit(self._tensor, self._place.shard, offset, offset + nbytes, crc))
+            self._catch_up(self._place.shard)
             written()
 
         return self._outgoing.piece(self._tensor, nbytes, at % PAGE, write)

@@ -103,7 +103,7 @@ class Digest:
     ...     file.flush()
     ...     digest = Digest(Path(file.name), sha256=False)
     ...     _ = digest.put(0, np.frombuffer(b"1234", np.uint8))
-    ...     digest.advance(9, whole=True)
+    ...     digest.advance(9)
     ...     [hex(crc) for crc in digest.crc32c], digest.sha256, digest.bytes_back
     (['0xe3069283'], None, 5)
     """
@@ -156,8 +156,8 @@ class Digest:
         else:
             self._keep(start, data, crcs)
 
-    def advance(self, stop: int, *, whole: bool = False) -> None:
-        """Read back what is missing up to `stop`; only full windows of it, unless the file is `whole`.
+    def advance(self, stop: int) -> None:
+        """Read back what is missing up to `stop`.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class Digest:
         while True:
             with self._lock:
                 self._take_waiting()
-                if self.position >= stop or not (whole or self.position + WINDOW_BYTES <= stop):
+                if self.position >= stop:
                     return
                 self._read_back(min([stop, *self._waiting]))
 

@@ -128,6 +128,12 @@ class ShardWriter:
         self._digest = Digest(self.part, sha256=sha256, held=held)
         self._digest.put(0, np.frombuffer(self.layout.header, np.uint8))
 
+    @property
+    def unhashed(self) -> int:
+        """Bytes that are there, without a gap from the start, and not hashed yet."""
+        with self._lock:
+            return 0 if self._digest is None else self._front - self._digest.position
+
     def follow(self) -> None:
         """Read back and hash what could not be hashed in passing, up to the first gap, so that sealing has less to do.
 
@@ -157,7 +163,7 @@ class ShardWriter:
         if size != self.layout.size:
             raise DamageError(f"{self.part} has {size} bytes after sealing, expected {self.layout.size}")
         digest = self._digest = self._digest or Digest(self.part, sha256=sha256)
-        digest.advance(size, whole=True)
+        digest.advance(size)
         digest.close()
         self._check_header()
         logger.debug("%s: %s bytes read back for its checksums", self.layout.file, f"{digest.bytes_back:,}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mergepipe
+from mergepipe.pipeline import graph
 from mergepipe.pipeline.workers import Workers
-from mergepipe.storage.digest import Digest
+from mergepipe.storage.digest import Digest, Held
+from mergepipe.storage.writer import ShardWriter
 from support.jobs import build_job, write_job
 
 MIB = 1 << 20
@@ -73,3 +76,36 @@ def test_hardly_anything_is_read_back(tmp_path: Path, monkeypatch: pytest.Monkey
     mergepipe.run(tmp_path / "work", workers=2)
     assert sum(digest.position for digest in digests) >= 128 * MIB
     assert sum(digest.bytes_back for digest in digests) <= 32 * MIB
+
+
+def test_one_late_unit_is_all_that_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that came meanwhile had to be let go unhashed; they are read back soon, not when their tensor is done."""
+    write_job(tmp_path, shapes={"weight": (2048, 2048)}, method="linear")
+    build_job(tmp_path)
+    written: list[int] = []
+    digests: list[Digest] = []
+    write, begin = ShardWriter.write, Digest.__init__
+    late = threading.Event()
+
+    def delayed(self: ShardWriter, offset: int, data: Any) -> int:
+        if len(written) == 2 and not late.is_set():
+            late.set()
+            while len(written) < 10:
+                time.sleep(0.001)
+        written.append(offset)
+        if len(written) > 10:
+            time.sleep(0.02)
+        return write(self, offset, data)
+
+    def noted(self: Digest, *args: Any, **more: Any) -> None:
+        digests.append(self)
+        begin(self, *args, **more)
+
+    monkeypatch.setattr(graph, "MAX_BUNDLE_BYTES", 1)  # the integers that lie first come first
+    monkeypatch.setattr(ShardWriter, "write", delayed)
+    monkeypatch.setattr(Digest, "__init__", noted)
+    monkeypatch.setattr("mergepipe.pipeline.shards.Held", lambda: Held(256 * 1024))
+    monkeypatch.setattr("mergepipe.pipeline.shards.BACKLOG_BYTES", 256 * 1024)
+    mergepipe.run(tmp_path / "work", workers=2)
+    assert late.is_set()
+    assert 0 < sum(digest.bytes_back for digest in digests) < 4 * MIB, "of 8 MiB"

@@ -107,7 +107,7 @@ def test_what_can_not_be_held_is_read_back(tmp_path: Path, held: Held | None) ->
     edges = [*range(0, content.nbytes, PAGE + 5), content.nbytes]
     pieces = list(itertools.pairwise(edges))[::-1]
     digest = digest_of(tmp_path / "file", content, pieces, held)
-    digest.advance(content.nbytes, whole=True)
+    digest.advance(content.nbytes)
     digest.close()
     assert digest.sha256 == hashlib.sha256(content.tobytes()).hexdigest()
     assert digest.crc32c == [crc32c(content)]
@@ -138,7 +138,7 @@ def test_bytes_written_twice(tmp_path: Path, again: tuple[int, int]) -> None:
             file.write(after[start:stop].data)
             file.flush()
             digest.put(start, after[start:stop])
-    digest.advance(100, whole=True)
+    digest.advance(100)
     digest.close()
     assert digest.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -151,7 +151,7 @@ def test_checksums_per_grain(tmp_path: Path) -> None:
     for stop in (1, GRAIN_BYTES - 1, GRAIN_BYTES + 5):
         digest.advance(stop)
         assert digest.position <= stop
-    digest.advance(content.nbytes, whole=True)
+    digest.advance(content.nbytes)
     digest.close()
     assert digest.crc32c == [crc32c(content[i : i + GRAIN_BYTES]) for i in range(0, content.nbytes, GRAIN_BYTES)]
     assert digest.sha256 == hashlib.sha256(content.tobytes()).hexdigest()
@@ -179,7 +179,7 @@ def test_pieces_over_grains(tmp_path_factory: pytest.TempPathFactory, cuts: list
         for start, stop in pieces:
             assert digest.put(start, content[start:stop]) == crc32c(content[start:stop])
         assert sum(looked_at) == content.nbytes
-        digest.advance(content.nbytes, whole=True)
+        digest.advance(content.nbytes)
     digest.close()
     assert digest.crc32c == [crc32c(content[i : i + 700]) for i in range(0, content.nbytes, 700)]
     assert digest.sha256 == hashlib.sha256(content.tobytes()).hexdigest()
@@ -192,5 +192,5 @@ def test_a_file_that_ends_early(tmp_path: Path) -> None:
     path.write_bytes(bytes(100))
     digest = Digest(path, sha256=False)
     with pytest.raises(DamageError, match="ends at byte 100, expected 101"):
-        digest.advance(101, whole=True)
+        digest.advance(101)
     digest.close()
