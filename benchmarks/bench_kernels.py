@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numba
 import numpy as np
 
 from benchmarks.report import Report, common_options
 from mergepipe.storage.direct import SLACK_BYTES, Arena
 from mergepipe.tasks import convert
 from mergepipe.tasks.blocks import BLOCK_ELEMENTS, Blocks
+from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.kept_norms import KeptNorms, thinning
 from mergepipe.tasks.method import Accumulator, Array, Job, Sparsifier, State, Tile, stored_sweep
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
@@ -30,7 +30,7 @@ UNIT = 1 << 20
 """Elements of a unit: 8 MiB of bf16 for a base and three models."""
 
 
-@numba.njit(nogil=True)
+@kernel
 def _xor(streams: tuple[Array, ...], out: Array) -> None:
     for i in range(out.size):
         value = streams[0][i]
