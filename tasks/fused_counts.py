@@ -107,11 +107,14 @@ def sample_top(base: Array, rows: Rows, counts: Array) -> bool:
         # Fibonacci hashing: neighbours get places far from each other, and no width of a row has a rhythm with it.
         place = ((strip * 0x9E3779B1) & 0xFFFFFFFF) >> 29
         start = strip * STRIP + place * PIECE
-        worst = max(worst, _decode(base[start : start + PIECE], below))
+        # The compiler is not to see how long a piece is: it would write out the last loop, which took twice as long.
+        stop = min(start + PIECE, base.size)
+        worst = max(worst, _decode(base[start:stop], below))
         for k in range(len(rows)):
-            worst = max(worst, _keys(rows[k][start : start + PIECE], below, keys))
-            for i in range(PIECE):
-                counts[k, np.uintp(keys[i] >> 16)] += 1
+            worst = max(worst, _keys(rows[k][start:stop], below, keys))
+            own = counts[k]
+            for i in range(stop - start):
+                own[np.uintp(keys[i] >> 16)] += 1
     return bool(worst < 0x7F80)
 
 
