@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
@@ -187,6 +187,7 @@ class TensorWork:
         self._lock = threading.Lock()
         plain = all(source.dtype == "BF16" and source.adjuster is None for source in self.sources)
         self._all_bf16 = plain and job.work == np.float32
+        self._backwards = self._passes()[::-2]
         self._accumulators: dict[int, Accumulator] = {}
         self._places: dict[tuple[int, int], list[Sequence[Segment]]] = {}
 
@@ -198,23 +199,33 @@ class TensorWork:
 
     def begin_sample(self) -> None:
         """Tell the reader what a sample will ask for."""
-        for sweep in self.sweeps:
-            if self._is_looked_at_in_part(sweep):
-                self._announce([sweep])
+        self._announce(n for n, sweep in enumerate(self.sweeps) if self._is_looked_at_in_part(sweep))
 
     def begin(self) -> None:
         """Tell the reader what will be asked for after that."""
-        expected = [sweep for sweep in self.sweeps if expected_reads([sweep])]  # the others hardly ever come
-        if self._resident:
-            expected = expected[:1]
-        self._announce([sweep for sweep in expected if not self._is_looked_at_in_part(sweep)])
+        expected = self._passes()[: 1 if self._resident else None]
+        self._announce(expected)
         # What is read once is announced once.
         if not (expected and self._resident and self.units == self.sweep_units):
             self._reader.ahead(self._segments(blocks) for blocks in self.units)
 
-    def _announce(self, sweeps: Sequence[Reduction]) -> None:
-        looks = (self._looked_at(sweep, unit) for sweep in sweeps for unit in self.sweep_units)
+    def _passes(self) -> list[int]:
+        """Sweeps that are expected to read all there is, by their numbers; others hardly ever come, or are samples."""
+        whole = (n for n, sweep in enumerate(self.sweeps) if expected_reads([sweep]))
+        return [n for n in whole if not self._is_looked_at_in_part(self.sweeps[n])]
+
+    def _announce(self, sweeps: Iterable[int]) -> None:
+        units = ((n, self._unit_of(n, unit)) for n in sweeps for unit in range(len(self.sweep_units)))
+        looks = (self._looked_at(self.sweeps[n], blocks) for n, blocks in units)
         self._reader.ahead(self._segments(blocks) for blocks in chain.from_iterable(looks))
+
+    def _unit_of(self, sweep: int, unit: int) -> Blocks:
+        """What a sweep takes as its `unit`-th unit.
+
+        The output goes from the first to the last, each pass before it the other way round than the one that follows:
+        so a pass over more than the reader can keep begins with what the one before it came to last, which is kept.
+        """
+        return self.sweep_units[-1 - unit if not self._resident and sweep in self._backwards else unit]
 
     def end(self) -> None:
         """Tell the reader that nothing will be asked for any more."""
@@ -235,9 +246,10 @@ class TensorWork:
             self._sweep(reduction, sweep, unit)
         elif not self._resident and expected_reads([reduction]):
             # What is kept until the last use is announced once, whoever uses it first.
-            looks = self._looked_at(reduction, self.sweep_units[unit])
+            looks = self._looked_at(reduction, self._unit_of(sweep, unit))
             self._reader.skip([self._segments(blocks) for blocks in looks])
-        self._report(reduction.name, int(expected_reads([reduction]) * self._input_bytes(self.sweep_units[unit])))
+        nbytes = self._input_bytes(self._unit_of(sweep, unit))
+        self._report(reduction.name, int(expected_reads([reduction]) * nbytes))
 
     def _sweep(self, reduction: Reduction, sweep: int, unit: int) -> None:
         total = self._accumulator(sweep, reduction)
@@ -249,7 +261,7 @@ class TensorWork:
                 counts.fill(0)
         mine = Accumulator(counts, total.blocks)
         stored = stored_sweep(reduction, self.job, self.state) if self._all_bf16 else None
-        for blocks in self._looked_at(reduction, self.sweep_units[unit]):
+        for blocks in self._looked_at(reduction, self._unit_of(sweep, unit)):
             if self._scorer is not None and can_offload(reduction):
                 tiles = self._tiles(blocks, last=not self._resident)
                 reduction.offload(self.job, self.state, mine, tiles, self._scorer)

@@ -108,3 +108,31 @@ def test_a_sweep_that_is_not_needed_is_not_read(tmp_path: Path, monkeypatch: pyt
     ((pieces, queue, beyond),) = left
     assert (pieces, queue) == (0, 0)
     assert beyond <= 4 * 2**20
+
+
+def test_a_pass_begins_where_the_one_before_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't be held is read back and forth, and the output made from the first unit to the last."""
+    write_job(tmp_path, {"a.weight": (1024, 1024)})
+    build_job(tmp_path)
+    monkeypatch.setattr("mergepipe.pipeline.execution.is_resident", lambda item, pool: False)
+    monkeypatch.setattr("mergepipe.pipeline.reading.pool_bytes", lambda scheduled: 2**21)
+    asked: list[int] = []
+    loaded: list[float] = []
+    windows, close = DirectReader.windows, DirectReader.close
+
+    def ask(self: DirectReader, unit: Sequence[Sequence[Segment]], *, last: bool) -> AbstractContextManager[list[Any]]:
+        if len(unit) == 3:
+            asked.append(unit[0][0].offset)
+        return windows(self, unit, last=last)
+
+    def look(self: DirectReader) -> None:
+        loaded.append(self.bytes_loaded / self.bytes_read)
+        close(self)
+
+    monkeypatch.setattr(DirectReader, "windows", ask)
+    monkeypatch.setattr(DirectReader, "close", look)
+    mergepipe.run(tmp_path / "work", reader="direct", workers=1)
+    passes = [asked[start : start + 16] for start in range(0, len(asked), 16)]
+    forward = sorted(passes[0])
+    assert passes == [forward, forward[::-1], forward]
+    assert loaded[0] < 0.9
