@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.bench_kernels import nanoseconds, random_streams
 from benchmarks.report import Report, common_options
-from mergepipe.tasks import convert, rows
+from mergepipe.tasks import convert, rows, stored_rows
 from mergepipe.tasks.blocks import Blocks, block_bounds
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, stored_sweep
 from mergepipe.tasks.registry import METHODS
@@ -136,7 +136,8 @@ def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
             bits.flags.writeable = False
         donors = tuple(stored[1:])
         found = np.empty((1, len(donors), a.size // 4096 + 1))
-        measure = partial(rows.measure_stored, stored[0], donors, 4096, a.size, 1.0, 0.0, 1, found)
+        no_counts, how = np.empty((len(donors), 0), np.int64), (4096, a.size, 1.0, 0.0, False)
+        measure = partial(stored_rows.measure_and_count, stored[0], donors, *how, found, no_counts)
         elements = 16 * a.size * len(donors)
         times = nanoseconds(lambda measure=measure: [measure() for _ in range(16)], elements, repeats)  # type: ignore[misc]
         report.add(f"row divergence{what}, stored rows of 4096, donors: {len(donors)}", times, "ns")

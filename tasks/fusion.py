@@ -178,7 +178,7 @@ def primary_of(stage: Stage, job: Job, state: State, tile: Tile) -> Array:
     return out
 
 
-def stored_rows(stage: Stage, job: Job, state: State, blocks: Blocks) -> Array:
+def statistics_of(stage: Stage, job: Job, state: State, blocks: Blocks) -> Array:
     """Row statistics of a run of blocks: float64, shape (donors, rows, 1 or 3)."""
     width = rows.row_width(job)
     first, stop = block_bounds(job.shape, blocks[0])[0] // width, block_bounds(job.shape, blocks[1] - 1)[1] // width
@@ -197,7 +197,7 @@ def stored(settings: Settings, job: Job, state: State) -> StoredKernel | None:
     always, scale = settings.always, None if settings.scale == 1.0 else settings.scale
 
     def run(bits: Sequence[Array], out: Array, blocks: Blocks) -> bool:
-        found = stored_rows(one, job, state, blocks)
+        found = statistics_of(one, job, state, blocks)
         return scores.take_stored(bits[0], tuple(bits[1:]), width, found, always, least, scale, out)
 
     return run

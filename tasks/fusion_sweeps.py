@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergepipe.tasks import fusion_torch, kernels, rows, scores
+from mergepipe.tasks import fusion_torch, kernels, rows, scores, stored_rows
 from mergepipe.tasks.blocks import Blocks, block_elements
 from mergepipe.tasks.fusion import (
     Settings,
@@ -22,7 +22,7 @@ from mergepipe.tasks.fusion import (
     score_rows,
     settled_score,
     stages,
-    stored_rows,
+    statistics_of,
 )
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, StoredSweep, Tile
 from mergepipe.tasks.rows_torch import Scorer
@@ -158,11 +158,11 @@ class Divergences:
         def run(bits: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
             assert mine.blocks is not None
             donors, own = tuple(bits[1:])[: stage.stop], mine.blocks[blocks[0] : blocks[1]]
-            if not rows.measure_stored(bits[0], donors, width, block, *settings.directions, 1, own):
-                return False
-            found = np.swapaxes(own[:, :, :-1], 0, 1).reshape(len(donors), -1, 1)
-            counts = mine.counts
-            return counts is None or scores.count_stored(bits[0], donors, width, found, settings.always, counts)
+            counts = np.empty((len(donors), 0), np.int64) if mine.counts is None else mine.counts
+            directions = settings.directions
+            return stored_rows.measure_and_count(
+                bits[0], donors, width, block, *directions, settings.always, own, counts
+            )
 
         return run
 
@@ -369,7 +369,7 @@ class Fine:
         def run(bits: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
             assert mine.blocks is not None
             donors, own = tuple(bits[1:])[: stage.stop], mine.blocks[blocks[0] : blocks[1]]
-            found, counts = stored_rows(stage, job, state, blocks), mine.counted
+            found, counts = statistics_of(stage, job, state, blocks), mine.counted
             return scores.sort_stored(bits[0], donors, width, block, found, settings.always, lows, units, own, counts)
 
         return run

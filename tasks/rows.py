@@ -535,12 +535,12 @@ def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float,
         x, y = a[row * width : (row + 1) * width], donors[row]
         reach = _reach(x)
         kinds[0] = kind_of(reach, _distance(x, y[0]))
-        _measure_row(x, y, kinds, reach, reverse, forward, out[row : row + 1], energies, shifts, shared, filled, room)
+        measure_row(x, y, kinds, reach, reverse, forward, out[row : row + 1], energies, shifts, shared, filled, room)
     return float(energies[0])
 
 
 @kernel
-def _measure_row(
+def measure_row(
     a: Array, b: Array, kinds: Array, reach: float, reverse: float, forward: float, out: Array, energies: Array,
     shifts: Array, shared: Array, filled: Array, room: Array,
 ) -> None:  # fmt: skip
@@ -604,78 +604,6 @@ def finish_rows(extremes: Array, pieces: Array, width: int, reverse: float, forw
             sums += pieces[row, k]
         finish_row(extremes[row], sums, width, reverse, forward, found)
         out[row] = found[: out.shape[1]]
-
-
-@kernel
-def _decode(bits: Array, out: Array) -> float:
-    """Stored bfloat16 to float32; the largest magnitude, which is not below an infinity if one is not finite."""
-    largest = np.int32(0)
-    for i in range(bits.size):
-        stored = np.int32(bits[i])
-        largest = max(largest, np.int32(stored & 0x7FFF))
-        out[i] = np.int32(stored << 16).view(np.float32)
-    found = np.int32(largest << 16)
-    return np.float64(found.view(np.float32))
-
-
-@kernel
-def _decode_donor(bits: Array, a: Array, out: Array) -> tuple[bool, float]:
-    """The same for a donor: whether all are finite, and the largest magnitude of the differences to `a`."""
-    worst, largest = np.int32(0), np.int32(0)
-    for i in range(bits.size):
-        stored = np.int32(bits[i])
-        worst = max(worst, np.int32(stored & 0x7FFF))
-        value = np.int32(stored << 16).view(np.float32)
-        largest = max(largest, np.int32(np.float32(value - a[i]).view(np.int32) & 0x7FFFFFFF))
-        out[i] = value
-    found = np.int32(largest)
-    return bool(worst < 0x7F80), np.float64(found.view(np.float32))
-
-
-@kernel
-def measure_stored(
-    base: Array, donors: tuple[Array, ...], width: int, block: int, reverse: float, forward: float, columns: int,
-    blocks: Array,
-) -> bool:  # fmt: skip
-    """Measure the rows of stored bfloat16 numbers: :func:`measure_rows` of each donor.
-
-    Parameters
-    ----------
-    base, donors : uint16 ndarray, shape (n,); the primary, and one row per donor
-        Whole blocks, but for the last of a tensor.
-    width, block : int
-        Elements of a row and of a block.
-    reverse, forward : float
-    columns : int
-        Statistics that are kept of a row.
-    blocks : float64 ndarray, shape (blocks, donors, rows of a block * columns + 1)
-        Where the statistics are put, and behind those of a block its sum of squares.
-
-    Returns
-    -------
-    bool
-        False if a stored value is not finite: then all is for the general way.
-    """
-    shared, filled, room = np.empty(STRIP), np.empty((2, STRIDE), np.float32), np.empty((len(donors), ROOM))
-    a, b = np.empty(width, np.float32), np.empty((len(donors), width), np.float32)
-    energies, kinds, shifts = np.empty(len(donors)), np.empty(len(donors), np.int64), np.zeros(len(donors))
-    for start in range(0, base.size, block):
-        stop, own = min(start + block, base.size), blocks[start // block]
-        energies[:] = 0.0
-        for at in range(start, stop, width):
-            reach = _decode(base[at : at + width], a)
-            if not reach < math.inf:
-                return False
-            for j in range(len(donors)):
-                finite, distance = _decode_donor(donors[j][at : at + width], a, b[j])
-                if not finite:
-                    return False
-                kinds[j] = kind_of(reach, distance)
-            place = (at - start) // width * columns
-            found = own[:, place : place + columns]
-            _measure_row(a, b, kinds, reach, reverse, forward, found, energies, shifts, shared, filled, room)
-        own[:, -1] = energies
-    return True
 
 
 def row_width(job: Job) -> int:

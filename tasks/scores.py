@@ -28,7 +28,8 @@ TOO_LARGE = 0x7F7F8000
 
 
 @inlined
-def _factor(divergence: Any, always: Any) -> Any:
+def factor_of(divergence: Any, always: Any) -> Any:
+    """What the differences of a row are multiplied by."""
     return 1.0 if always and divergence == 0.0 else divergence
 
 
@@ -51,7 +52,7 @@ def score_delta(a: Array, b: Array, width: int, rows: Array, always: bool, out: 
     for row in range(rows.shape[0]):
         x, y = a[row * width : (row + 1) * width], b[row * width : (row + 1) * width]
         scores = out[row * width : (row + 1) * width]
-        factor = _factor(rows[row, 0], always)
+        factor = factor_of(rows[row, 0], always)
         if factor == 0.0:
             scores[:] = 0
             continue
@@ -157,8 +158,7 @@ def added(lanes: Array) -> float:
 
 @kernel
 def _score_strip(
-    base: Array, donor: Array, start: int, stop: int, width: int, rows: Array, always: bool, keys: Array,
-    deltas: Array | None,
+    base: Array, donor: Array, start: int, stop: int, width: int, rows: Array, always: bool, keys: Array, deltas: Array
 ) -> Any:  # fmt: skip
     """Bits of the scores of the stored elements `start` to `stop` into `keys`, their differences into `deltas`.
 
@@ -169,7 +169,7 @@ def _score_strip(
     while at < stop:
         row = at // width
         after = min((row + 1) * width, stop)
-        factor = _factor(rows[row, 0], always)
+        factor = factor_of(rows[row, 0], always)
         for place in range(at, after):
             # What has no sign can't count from the end: that test would keep the loop from vectorising.
             i, k = np.uintp(place), np.uintp(place - start)
@@ -179,58 +179,9 @@ def _score_strip(
             score = np.float32(np.float64(abs(delta)) * factor)
             # Zero times a difference that overflows is none.
             keys[k] = np.int32(0) if factor == 0.0 else score.view(np.int32)
-            if deltas is not None:
-                deltas[k] = delta
+            deltas[k] = delta
         at = after
     return worst
-
-
-@kernel
-def _count_keys(keys: Array, counts: Array) -> None:
-    # Neighbours often fall into the same bin, and would wait for each other's counter: so two take turns.
-    half = keys.size // 2
-    first, second, even, odd = counts[0], counts[1], keys[:half], keys[half:]
-    for i in range(half):
-        first[np.uintp((even[i] & 0x7FFFFFFF) >> 16)] += np.int32(1)
-        second[np.uintp((odd[i] & 0x7FFFFFFF) >> 16)] += np.int32(1)
-    for i in range(2 * half, keys.size):
-        first[np.uintp((keys[i] & 0x7FFFFFFF) >> 16)] += np.int32(1)
-
-
-@kernel
-def count_stored(base: Array, donors: tuple[Array, ...], width: int, found: Array, always: bool, counts: Array) -> bool:
-    """Count the top 15 bits of the scores of stored bfloat16 numbers.
-
-    Parameters
-    ----------
-    base, donors : uint16 ndarray, shape (n,); the primary, and one row per donor
-    width : int
-        Elements of a row.
-    found : float64 ndarray, shape (donors, rows, 1 to 3)
-        The statistics of the rows.
-    always : bool
-        As of :func:`score_delta`.
-    counts : int64 ndarray, shape (donors, 32768)
-        Added to.
-
-    Returns
-    -------
-    bool
-        False if a stored value is not finite: then all is for the general way.
-    """
-    keys = np.empty(STRIP, np.int32)
-    turns = np.zeros((len(donors), 2, counts.shape[1]), np.int32)
-    worst = np.int32(0)
-    # One donor after the other: processors foresee what a few streams will need next, not what many will.
-    for j in range(len(donors)):
-        for start in range(0, base.size, STRIP):
-            stop = min(start + STRIP, base.size)
-            worst = max(worst, _score_strip(base, donors[j], start, stop, width, found[j], always, keys, None))
-            _count_keys(keys[: stop - start], turns[j])
-    for j in range(len(donors)):
-        for i in range(counts.shape[1]):
-            counts[j, i] += turns[j, 0, i] + turns[j, 1, i]
-    return bool(worst < 0x7F80)
 
 
 @kernel
@@ -339,7 +290,7 @@ def take_stored(
     factors = np.empty(len(donors))
     for row in range(base.size // width):
         for j in range(len(donors)):
-            factors[j] = _factor(found[j, row, 0], always)
+            factors[j] = factor_of(found[j, row, 0], always)
         if not _take_row(base, donors, row * width, (row + 1) * width, factors, least, scale, out):
             return False
     return True

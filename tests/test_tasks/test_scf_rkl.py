@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import mergepipe
 from mergepipe.errors import MemoryBudgetError, RecipeError
 from mergepipe.pipeline.resume import decode_state, encode_state
-from mergepipe.tasks import exponentials, points, rows, scores
+from mergepipe.tasks import exponentials, points, rows, scores, stored_rows
 from mergepipe.tasks.method import Array
+from mergepipe.tasks.select import TOP_BINS, count_top
 from support.bits import as_stored
 from support.drive import Merged, merge
 
@@ -249,12 +250,16 @@ def test_donors_of_every_kind_are_measured_together_as_alone() -> None:
     donors.append(a + np.float32(0.5))
     stored = [as_stored((v.view("u4") >> 16).astype("u2")) for v in (a.ravel(), *(b.ravel() for b in donors))]
     x, *others = [(v.astype("u4") << 16).view("f4") for v in stored]
-    found = np.empty((1, len(donors), 4 * 3 + 1))
-    assert rows.measure_stored(stored[0], tuple(stored[1:]), width, 4 * width, 0.5, 0.5, 3, found)
-    for own, y in zip(found[0], others, strict=True):
-        alone = np.empty((4, 3))
+    found, counts = np.empty((1, len(donors), 4 + 1)), np.zeros((len(donors), TOP_BINS), np.int64)
+    how = width, 4 * width, 0.5, 0.5, False
+    assert stored_rows.measure_and_count(stored[0], tuple(stored[1:]), *how, found, counts)
+    for own, counted, y in zip(found[0], counts, others, strict=True):
+        alone, scored, expected = np.empty((4, 1)), np.empty_like(x), np.zeros(TOP_BINS, np.int64)
         energy = rows.measure_rows(x, y, width, 0.5, 0.5, alone)
         assert own.tobytes() == np.append(alone.ravel(), energy).tobytes()
+        scores.score_delta(x, y, width, alone, False, scored)
+        count_top(scored, expected)
+        np.testing.assert_array_equal(counted, expected)
 
 
 @pytest.mark.parametrize("mean", [0.001, 0.02])

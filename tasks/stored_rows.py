@@ -1,0 +1,124 @@
+"""Rows of stored bfloat16 numbers: measured, and their scores counted while they are at hand.
+
+As :func:`mergepipe.tasks.rows.measure_rows` of each donor, :func:`mergepipe.tasks.scores.score_delta` and
+:func:`mergepipe.tasks.select.count_top`, to the same bits: a row is decoded once for all of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.method import Array
+from mergepipe.tasks.rows import ROOM, STRIDE, STRIP, kind_of, measure_row
+from mergepipe.tasks.scores import factor_of
+
+
+@kernel
+def _decode(bits: Array, out: Array) -> float:
+    """Stored bfloat16 to float32; the largest magnitude, which is not below an infinity if one is not finite."""
+    largest = np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        largest = max(largest, np.int32(stored & 0x7FFF))
+        out[i] = np.int32(stored << 16).view(np.float32)
+    found = np.int32(largest << 16)
+    return np.float64(found.view(np.float32))
+
+
+@kernel
+def _decode_donor(bits: Array, a: Array, out: Array) -> tuple[bool, float]:
+    """The same for a donor: whether all are finite, and the largest magnitude of the differences to `a`."""
+    worst, largest = np.int32(0), np.int32(0)
+    for i in range(bits.size):
+        stored = np.int32(bits[i])
+        worst = max(worst, np.int32(stored & 0x7FFF))
+        value = np.int32(stored << 16).view(np.float32)
+        largest = max(largest, np.int32(np.float32(value - a[i]).view(np.int32) & 0x7FFFFFFF))
+        out[i] = value
+    found = np.int32(largest)
+    return bool(worst < 0x7F80), np.float64(found.view(np.float32))
+
+
+@kernel
+def _count_scores(a: Array, b: Array, factor: float, bins: Array, counts: Array) -> None:
+    """Count the top 15 bits of the scores of a row: shape (n,) into the (2, 32768) of `counts`."""
+    if factor == 0.0:
+        # Zero times a difference that overflows is none.
+        counts[0, 0] += a.size
+        return
+    first, second = counts[0], counts[1]
+    for start in range(0, a.size, STRIP):
+        size = min(STRIP, a.size - start)
+        for i in range(size):
+            # What has no sign can't count from the end: that test would keep the loop from vectorising.
+            place = np.uintp(start + i)
+            score = np.float32(np.float64(abs(np.float32(b[place] - a[place]))) * factor)
+            bins[np.uintp(i)] = score.view(np.int32) >> 16
+        # Neighbours often fall into the same bin, and would wait for each other's counter: so two take turns.
+        half = size // 2
+        even, odd = bins[:half], bins[half:size]
+        for i in range(half):
+            first[np.uintp(even[i])] += np.int32(1)
+            second[np.uintp(odd[i])] += np.int32(1)
+        if size > 2 * half:
+            first[np.uintp(odd[half])] += np.int32(1)
+
+
+@kernel
+def measure_and_count(
+    base: Array, donors: tuple[Array, ...], width: int, block: int, reverse: float, forward: float, always: bool,
+    blocks: Array, counts: Array,
+) -> bool:  # fmt: skip
+    """Measure rows, and count the top 15 bits of the scores that follow.
+
+    Parameters
+    ----------
+    base, donors : uint16 ndarray, shape (n,); the primary, and one row per donor
+        Whole blocks, but for the last of a tensor.
+    width, block : int
+        Elements of a row and of a block.
+    reverse, forward : float
+        Weights of the two directions.
+    always : bool
+        As of :func:`mergepipe.tasks.scores.score_delta`.
+    blocks : float64 ndarray, shape (blocks, donors, rows of a block + 1)
+        Where the divergences of the rows are put, and behind those of a block its sum of squares.
+    counts : int64 ndarray, shape (donors, 32768)
+        Added to; of no counters if no scores are wanted.
+
+    Returns
+    -------
+    bool
+        False if a stored value is not finite: then nothing is counted, and all is for the general way.
+    """
+    shared, filled, room = np.empty(STRIP), np.empty((2, STRIDE), np.float32), np.empty((len(donors), ROOM))
+    a, b = np.empty(width, np.float32), np.empty((len(donors), width), np.float32)
+    energies, kinds, shifts = np.empty(len(donors)), np.empty(len(donors), np.int64), np.zeros(len(donors))
+    bins, turns = np.empty(STRIP, np.int32), np.zeros((len(donors), 2, counts.shape[1]), np.int32)
+    for start in range(0, base.size, block):
+        stop, own = min(start + block, base.size), blocks[start // block]
+        energies[:] = 0.0
+        for at in range(start, stop, width):
+            reach = _decode(base[at : at + width], a)
+            if not reach < math.inf:
+                return False
+            for j in range(len(donors)):
+                finite, distance = _decode_donor(donors[j][at : at + width], a, b[j])
+                if not finite:
+                    return False
+                kinds[j] = kind_of(reach, distance)
+            row = (at - start) // width
+            measure_row(
+                a, b, kinds, reach, reverse, forward, own[:, row : row + 1], energies, shifts, shared, filled, room
+            )
+            if counts.shape[1] > 0:
+                for j in range(len(donors)):
+                    _count_scores(a, b[j], factor_of(own[j, row], always), bins, turns[j])
+        own[:, -1] = energies
+    for j in range(len(donors)):
+        for i in range(counts.shape[1]):
+            counts[j, i] += turns[j, 0, i] + turns[j, 1, i]
+    return True
