@@ -393,7 +393,8 @@ class DirectReader:
     def _place(self, key: Key, evict: bool) -> _Piece | None:
         reserved = _reserved(key)
         while (start := self._arena.take(reserved)) is None:
-            # The piece that came last is the one needed last: work goes on in the order of announcement.
+            # The piece that came last is mostly the one needed last: work goes on in the order of announcement. Only what
+            # is kept while a pass turns round is needed the other way.
             idle = next((piece for piece in reversed(self._pieces.values()) if self._idle(piece)), None)
             if idle is None or not evict:
                 return None

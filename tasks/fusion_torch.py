@@ -32,16 +32,17 @@ if TYPE_CHECKING:
 def measure(
     stage: Stage, job: Job, state: State, accumulator: Accumulator, tiles: Iterable[Tile], scorer: Scorer
 ) -> None:
-    """What ``Divergences.update`` does with each tile, for a run of tiles in ascending order."""
+    """What ``Divergences.update`` does with each tile, for a run of tiles in ascending order.
+
+    The lane is kept until the last of them: whoever asked for one with windows of the reader in hand would keep them
+    from those who have all the lanes and wait for windows.
+    """
     left = iter(tiles)
     length, work = block_elements(job.shape), job.work
     at_once = batch_blocks(len(stage.donors) + 1, length, work.itemsize)
-    while True:
-        with scorer.lane() as lane:
-            staged = lane.stage(len(stage.donors) + 1, at_once * length, work)
-            filled = list(_stage_tiles(stage, job, state, islice(left, at_once), staged))
-            if not filled:
-                return
+    with scorer.lane() as lane:
+        staged = lane.stage(len(stage.donors) + 1, at_once * length, work)
+        while filled := list(_stage_tiles(stage, job, state, islice(left, at_once), staged)):
             _measure_batch(stage, job, accumulator, filled[0][0], staged[:, : sum(n for _, n in filled)], lane)
 
 

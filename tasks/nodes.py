@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +40,6 @@ from mergepipe.tasks.method import (
 )
 from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.sources import TensorSource
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
@@ -187,7 +184,7 @@ class TensorWork:
         self._lock = threading.Lock()
         plain = all(source.dtype == "BF16" and source.adjuster is None for source in self.sources)
         self._all_bf16 = plain and job.work == np.float32
-        self._backwards = self._passes()[::-2]
+        self._backwards = self._passes()[-1 if self.units else -2 :: -2]
         self._accumulators: dict[int, Accumulator] = {}
         self._places: dict[tuple[int, int], list[Sequence[Segment]]] = {}
 
@@ -222,8 +219,8 @@ class TensorWork:
     def _unit_of(self, sweep: int, unit: int) -> Blocks:
         """What a sweep takes as its `unit`-th unit.
 
-        The output goes from the first to the last, each pass before it the other way round than the one that follows:
-        so a pass over more than the reader can keep begins with what the one before it came to last, which is kept.
+        Where the reader can't keep all of them, passes go back and forth, and what comes last from the first to the
+        last: so each begins with what the one before it came to last, which is kept, unless that one was not needed.
         """
         return self.sweep_units[-1 - unit if not self._resident and sweep in self._backwards else unit]
 

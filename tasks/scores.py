@@ -193,8 +193,13 @@ def sort_stored(
 
     Parameters
     ----------
-    base, donors, width, found, always
-        As of :func:`count_stored`.
+    base, donors : uint16 ndarray, shape (n,); the primary, and one row per donor
+    width : int
+        Elements of a row.
+    found : float64 ndarray, shape (donors, rows, 1 to 3)
+        The statistics of the rows.
+    always : bool
+        As of :func:`score_delta`.
     block : int
         Elements of a block.
     lows : int64 ndarray, shape (donors,)
@@ -275,7 +280,7 @@ def take_stored(
     Parameters
     ----------
     base, donors, width, found, always
-        As of :func:`count_stored`.
+        As of :func:`sort_stored`.
     least : float32 ndarray, shape (donors,)
         The thresholds, or the next larger numbers.
     scale : float or None

@@ -45,10 +45,6 @@ def _decode_donor(bits: Array, a: Array, out: Array) -> tuple[bool, float]:
 @kernel
 def _count_scores(a: Array, b: Array, factor: float, bins: Array, counts: Array) -> None:
     """Count the top 15 bits of the scores of a row: shape (n,) into the (2, 32768) of `counts`."""
-    if factor == 0.0:
-        # Zero times a difference that overflows is none.
-        counts[0, 0] += a.size
-        return
     first, second = counts[0], counts[1]
     for start in range(0, a.size, STRIP):
         size = min(STRIP, a.size - start)
@@ -98,6 +94,7 @@ def measure_and_count(
     a, b = np.empty(width, np.float32), np.empty((len(donors), width), np.float32)
     energies, kinds, shifts = np.empty(len(donors)), np.empty(len(donors), np.int64), np.zeros(len(donors))
     bins, turns = np.empty(STRIP, np.int32), np.zeros((len(donors), 2, counts.shape[1]), np.int32)
+    zeros = np.zeros(len(donors), np.int64)
     for start in range(0, base.size, block):
         stop, own = min(start + block, base.size), blocks[start // block]
         energies[:] = 0.0
@@ -116,9 +113,16 @@ def measure_and_count(
             )
             if counts.shape[1] > 0:
                 for j in range(len(donors)):
-                    _count_scores(a, b[j], factor_of(own[j, row], always), bins, turns[j])
+                    factor = factor_of(own[j, row], always)
+                    if factor == 0.0:
+                        # Zero times a difference that overflows is none.
+                        zeros[j] += width
+                    else:
+                        _count_scores(a, b[j], factor, bins, turns[j])
         own[:, -1] = energies
     for j in range(len(donors)):
         for i in range(counts.shape[1]):
             counts[j, i] += turns[j, 0, i] + turns[j, 1, i]
+        if counts.shape[1] > 0:
+            counts[j, 0] += zeros[j]
     return True

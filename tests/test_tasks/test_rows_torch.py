@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mergepipe.errors import Interrupted, MemoryBudgetError, NonFiniteError, Wor
 from mergepipe.pipeline import devices, scoring
 from mergepipe.tasks import exponentials, points, rows, rows_torch, scores, select
 from mergepipe.tasks.blocks import block_elements
-from mergepipe.tasks.method import Accumulator, Array, can_offload
+from mergepipe.tasks.method import Accumulator, Array, Tile, can_offload
 from support.drive import load_tile, make_job
 from support.gpu import on_every_device
 from support.jobs import hashes
@@ -152,6 +153,21 @@ def test_huge_weights(device: str) -> None:
     same_bits(found_scores.cpu().numpy().ravel(), by_row)
 
 
+class Watched(rows_torch.Scorer):
+    """Who has tiles in hand, and with them windows of the reader, must not wait for a lane."""
+
+    reading = False
+
+    def read(self, tiles: list[Tile]) -> Iterator[Tile]:
+        self.reading = True
+        yield from tiles
+        self.reading = False
+
+    def lane(self) -> AbstractContextManager[rows_torch.Lane]:
+        assert not self.reading
+        return super().lane()
+
+
 def sweep(device: str | None, donors: list[Array], a: Array, params: dict[str, Any]) -> dict[str, Array]:
     """The state after the sweeps that a device can help with, by tile or with the help of a device."""
     method, job = make_job("scf_rkl", a.shape, a.dtype, [{} for _ in donors], params)
@@ -167,7 +183,8 @@ def sweep(device: str | None, donors: list[Array], a: Array, params: dict[str, A
             continue
         if device is not None and can_offload(reduction):
             nbytes = rows_torch.lane_bytes(len(donors) + 1, block_elements(a.shape), a.dtype.itemsize)
-            reduction.offload(job, state, total, iter(tiles), rows_torch.Scorer(device, nbytes))
+            scorer = Watched(device, nbytes)
+            reduction.offload(job, state, total, scorer.read(tiles), scorer)
         else:
             for tile in tiles:
                 reduction.update(job, state, total, tile)

@@ -253,6 +253,10 @@ def test_donors_of_every_kind_are_measured_together_as_alone() -> None:
     found, counts = np.empty((1, len(donors), 4 + 1)), np.zeros((len(donors), TOP_BINS), np.int64)
     how = width, 4 * width, 0.5, 0.5, False
     assert stored_rows.measure_and_count(stored[0], tuple(stored[1:]), *how, found, counts)
+    uncounted = np.empty_like(found)
+    no_counts = np.empty((len(donors), 0), np.int64)
+    assert stored_rows.measure_and_count(stored[0], tuple(stored[1:]), *how, uncounted, no_counts)
+    np.testing.assert_array_equal(uncounted, found)
     for own, counted, y in zip(found[0], counts, others, strict=True):
         alone, scored, expected = np.empty((4, 1)), np.empty_like(x), np.zeros(TOP_BINS, np.int64)
         energy = rows.measure_rows(x, y, width, 0.5, 0.5, alone)
