@@ -11,9 +11,9 @@ A method that looks at a whole matrix has its own steps in between, one after an
 
 Nodes fetch their own data, edges carry no array: what Dask decides is the order, and it is free to choose any that the
 edges allow. Among nodes of one fan the order of the file, or its reverse, is better than any that Dask can know, so the
-first node to start takes the first unit in that order, whatever its own number. Raw graphs cost about 60 µs a node and no memory to speak of; one
-graph of a whole 70B model would cost hundreds of MB, `dask.delayed` grows faster than linearly, a collection would hold
-whole tensors alive.
+first node to start takes the first unit in that order, whatever its own number. Raw graphs cost about 60 µs a node and
+no memory to speak of; one graph of a whole 70B model would cost hundreds of MB, `dask.delayed` grows faster than
+linearly, a collection would hold whole tensors alive.
 """
 
 from __future__ import annotations

@@ -171,6 +171,8 @@ class _Piece:
         Calls that have it now.
     expected : list of list of Key
         Units that were announced, and that it is kept for.
+    taken : bool
+        Whether some call has had it.
     """
 
     key: Key
@@ -179,6 +181,7 @@ class _Piece:
     loading: Future[U8] = field(init=False)
     users: int = 0
     expected: list[list[Key]] = field(default_factory=list)
+    taken: bool = False
 
 
 class DirectReader:
@@ -318,6 +321,8 @@ class DirectReader:
                 self._line.remove(turn)
                 self._changed.notify_all()
             self.bytes_read += sum(total_length(key) for key in keys)
+            for piece in pieces:
+                piece.taken = True
             return pieces
 
     def _expect_no_more(self, keys: list[Key]) -> None:
@@ -393,8 +398,8 @@ class DirectReader:
     def _place(self, key: Key, evict: bool) -> _Piece | None:
         reserved = _reserved(key)
         while (start := self._arena.take(reserved)) is None:
-            # The piece that came last is mostly the one needed last: work goes on in the order of announcement. Only what
-            # is kept while a pass turns round is needed the other way.
+            # The piece that came last is mostly the one needed last: work goes on in the order of announcement. Only
+            # what is kept while a pass turns round is needed the other way.
             idle = next((piece for piece in reversed(self._pieces.values()) if self._idle(piece)), None)
             if idle is None or not evict:
                 return None
@@ -437,8 +442,8 @@ class DirectReader:
 
     def _loaded(self, piece: _Piece, _: Future[U8]) -> None:
         with self._changed:
-            # Nobody has it or expects it: it was forgotten while it was read.
-            if self._pieces.get(piece.key) is piece:
+            # Nobody has had it or expects it: it was forgotten while it was read. Who has had it may have kept it.
+            if self._pieces.get(piece.key) is piece and not piece.taken:
                 self._drop_unless_needed(piece)
             self._changed.notify_all()
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +132,36 @@ def test_things_that_are_no_files(tmp_path: Path, reader: DirectReader) -> None:
         reader.window([Segment(str(tmp_path / "nothing"), 0, 1)], last=True).__enter__()
     with pytest.raises(CheckpointError, match="not a regular file"):
         reader.window([Segment(str(tmp_path), 0, 1)], last=True).__enter__()
+
+
+def test_what_is_kept_stays_when_its_read_is_reported_late(
+    files: dict[str, bytes], reader: DirectReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for a read may have used it before the thread that made it goes on."""
+    given_back, reported = threading.Event(), threading.Event()
+    load, loaded = DirectReader._load, DirectReader._loaded
+
+    def slow(self: DirectReader, piece: Any) -> Any:
+        time.sleep(0.05)  # or the report would be made before anybody waits
+        return load(self, piece)
+
+    def late(self: DirectReader, piece: Any, future: Any) -> None:
+        assert given_back.wait(10)
+        loaded(self, piece, future)
+        reported.set()
+
+    monkeypatch.setattr(DirectReader, "_load", slow)
+    monkeypatch.setattr(DirectReader, "_loaded", late)
+    unit = units_of(next(iter(files)))[0]
+    reader.ahead([unit])
+    with reader.windows(unit, last=False):
+        pass
+    given_back.set()
+    assert reported.wait(10)
+    with reader.windows(unit, last=True):
+        pass
+    assert reader.bytes_loaded == UNIT
+    assert not reader._pieces
 
 
 def test_what_is_kept_is_read_once(files: dict[str, bytes], reader: DirectReader) -> None:
