@@ -51,9 +51,9 @@ from mergepipe.pipeline.schedule import ScheduledTensor, held_for_matrices, is_r
 from mergepipe.pipeline.shards import Shards
 from mergepipe.pipeline.side_heads import SideHeads
 from mergepipe.pipeline.space import journal_room
-from mergepipe.pipeline.upcoming import Upcoming
+from mergepipe.pipeline.upcoming import Upcoming, W
 from mergepipe.pipeline.vocabulary_rows import gathered_manifests
-from mergepipe.pipeline.workers import Workers
+from mergepipe.pipeline.workers import Workers, always
 from mergepipe.storage.atomic import make_folder
 from mergepipe.storage.ballast import Ballast
 from mergepipe.storage.journal import Journal, read_journal
@@ -332,7 +332,7 @@ class Execution:
         """One round over some tensors."""
         with self._element_wise:
             graphs = [self._graph(number, works[number], partial(works.end, number)) for number in bundle]
-            run_bundle(graphs, workers, bundle[0])
+            run_bundle(graphs, workers, bundle[0], _at_hand(works, bundle))
 
     def _round_work(self, which: RoundId, number: int) -> TensorWork:
         def collect(state: State) -> None:
@@ -380,7 +380,7 @@ class Execution:
         """Make some tensors of the output."""
         with self._admitted(bundle):
             graphs = [self._graph(number, works[number], partial(self._finish, works, number)) for number in bundle]
-            run_bundle(graphs, workers, self._rank[bundle[0]])
+            run_bundle(graphs, workers, self._rank[bundle[0]], _at_hand(works, bundle))
 
     def _admitted(self, bundle: Sequence[int]) -> AbstractContextManager[object]:
         """A whole matrix waits for its bytes, a bundle of other tensors for its turn."""
@@ -467,3 +467,8 @@ class Execution:
         name = self.plan.tensors[number].name
         logger.debug("'%s' is made", name)
         self.shards.when_written(number, lambda: self.announce(TensorFinished(name)))
+
+
+def _at_hand(works: Upcoming[W], bundle: Sequence[int]) -> Callable[[], bool]:
+    """Whether what a bundle needs next is there; tensors that share one are small, and take little room from others."""
+    return works[bundle[0]].is_at_hand if len(bundle) == 1 else always

@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from mergepipe.pipeline.workers import Workers
+from mergepipe.pipeline.workers import Workers, always
 from mergepipe.tasks.method import Reduction
 
 if TYPE_CHECKING:  # to plan, nodes are counted: Dask, which takes a tenth of a second to import, makes them in a run
@@ -145,15 +145,24 @@ def bundles(tasks: Sequence[int], nbytes: Sequence[int]) -> Iterator[range]:
         yield range(first, len(tasks))
 
 
-def run_bundle(graphs: Sequence[Graph], workers: Workers, rank: int) -> None:
-    """Compute all nodes of a bundle, those of a lower rank first; returns when they are done or one has raised."""
+def run_bundle(graphs: Sequence[Graph], workers: Workers, rank: int, at_hand: Callable[[], bool] = always) -> None:
+    """Compute all nodes of a bundle, those of a lower rank first; returns when they are done or one has raised.
+
+    Parameters
+    ----------
+    graphs : sequence of Graph
+    workers : Workers
+    rank, at_hand
+        As of :meth:`mergepipe.pipeline.workers.Workers.ranked`.
+    """
     import dask.threaded
 
     merged: Graph = {}
     for graph in graphs:
         merged.update(graph)
     ends = [key for key in merged if isinstance(key, tuple) and key[0] == "done"]
-    dask.threaded.get(merged, ends, pool=workers.ranked(rank))
+    with workers.ranked(rank, at_hand) as pool:
+        dask.threaded.get(merged, ends, pool=pool)
 
 
 def dependencies(graph: Mapping[Hashable, Task]) -> dict[Hashable, list[Hashable]]:

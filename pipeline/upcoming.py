@@ -24,6 +24,9 @@ class Announced(Protocol):
     def begin(self) -> None:
         """Tell the reader what will be asked for after that."""
 
+    def is_at_hand(self) -> bool:
+        """Whether the reader has what is asked for next."""
+
     def end(self) -> None:
         """Tell the reader that nothing will be asked for any more."""
 

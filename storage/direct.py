@@ -275,6 +275,12 @@ class DirectReader:
                     self._drop_unless_needed(piece)
             self._pump()
 
+    def holds(self, groups: Sequence[Sequence[Segment]]) -> bool:
+        """Whether all windows of a unit are in the arena, or on their way into it."""
+        keys = [_key(segments) for segments in groups]
+        with self._changed:
+            return all(key in self._pieces for key in keys)
+
     @contextmanager
     def window(self, segments: Sequence[Segment], *, last: bool) -> Iterator[U8]:
         """Bytes of all segments; see :class:`mergepipe.storage.readers.Reader`.

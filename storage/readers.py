@@ -56,6 +56,9 @@ class Reader(Protocol):
     def skip(self, units: Iterable[Sequence[Sequence[Segment]]]) -> None:
         """A hint: of the announced calls of `windows`, one for each of these units will not come."""
 
+    def holds(self, groups: Sequence[Sequence[Segment]]) -> bool:
+        """Whether a call of `windows` would find its bytes read, or about to be: nothing would have to make room."""
+
     def forget(self, windows: Iterable[Sequence[Segment]]) -> None:
         """A hint: these windows won't be asked for again."""
 
@@ -268,6 +271,10 @@ class MmapReader:
 
     def skip(self, units: Iterable[Sequence[Sequence[Segment]]]) -> None:
         """Nothing: nothing was read ahead."""
+
+    def holds(self, groups: Sequence[Sequence[Segment]]) -> bool:
+        """Always: the page cache makes room by itself."""
+        return True
 
     def forget(self, windows: Iterable[Sequence[Segment]]) -> None:
         """Nothing: the page cache makes room by itself."""

@@ -53,6 +53,10 @@ class MatrixWork(TensorWork):
     def begin(self) -> None:
         """Nothing to announce: panels are read as often as the solver asks for them."""
 
+    def is_at_hand(self) -> bool:
+        """Always: nothing is announced that could be on its way."""
+        return True
+
     def end(self) -> None:
         """Let the solver's memory go, and what the reader kept for it."""
         self._solver = None

@@ -187,6 +187,7 @@ class TensorWork:
         self._backwards = self._passes()[-1 if self.units else -2 :: -2]
         self._accumulators: dict[int, Accumulator] = {}
         self._places: dict[tuple[int, int], list[Sequence[Segment]]] = {}
+        self._turn = (0, 0)
 
     @property
     def sources(self) -> tuple[TensorSource, ...]:
@@ -224,6 +225,19 @@ class TensorWork:
         """
         return self.sweep_units[-1 - unit if not self._resident and sweep in self._backwards else unit]
 
+    def is_at_hand(self) -> bool:
+        """Whether the reader has what the next unit needs, or needs nothing: about so, while others are at work."""
+        blocks = self._next_blocks()
+        return blocks is None or self._reader.holds(self._segments(blocks))
+
+    def _next_blocks(self) -> Blocks | None:
+        sweep, unit = self._turn
+        if sweep == len(self.sweeps):
+            return self.units[unit] if unit < len(self.units) else None
+        if unit == len(self.sweep_units) or not self.sweeps[sweep].needed(self.job, self.state):
+            return None
+        return self._looked_at(self.sweeps[sweep], self._unit_of(sweep, unit))[0]
+
     def end(self) -> None:
         """Tell the reader that nothing will be asked for any more."""
         units = {*self.units, *self.sweep_units} if self.sweeps else self.units
@@ -238,6 +252,7 @@ class TensorWork:
     def reduce(self, sweep: int, unit: int, *_after: object) -> None:
         """Add one unit to the accumulators of a sweep; nothing to do where the state answers it already."""
         reduction = self.sweeps[sweep]
+        self._turn = (sweep, unit + 1)
         if reduction.needed(self.job, self.state):
             self._stop()
             self._sweep(reduction, sweep, unit)
@@ -285,11 +300,13 @@ class TensorWork:
             accumulator = self._accumulator(sweep, reduction)
             self.state = {**self.state, **reduction.combine(self.job, self.state, accumulator)}
             self._accumulators.pop(sweep, None)
+        self._turn = (sweep + 1, 0)
         if sweep == len(self.sweeps) - 1 and self._on_state is not None:
             self._on_state(self.state)
 
     def apply(self, unit: int, *_after: object) -> None:
         """Compute one unit of the output and have it written."""
+        self._turn = (len(self.sweeps), unit + 1)
         start, stop = self._bounds(self.units[unit])
         stored = self.method.stored(self.job, self.state) if self._all_bf16 and self.out.name == "BF16" else None
         with self._unit_of_output(start, stop, self._input_bytes(self.units[unit])) as out:
@@ -487,6 +504,7 @@ class TensorCopy:
         self._sink = sink
         self._stop = stop
         self._report = report
+        self._turn = 0
 
     def begin_sample(self) -> None:
         """Nothing is looked at before."""
@@ -494,6 +512,10 @@ class TensorCopy:
     def begin(self) -> None:
         """Tell the reader what will be asked for."""
         self._reader.ahead([self._segments(unit)] for unit in self.units)
+
+    def is_at_hand(self) -> bool:
+        """Whether the reader has the next unit."""
+        return self._turn == len(self.units) or self._reader.holds([self._segments(self.units[self._turn])])
 
     def end(self) -> None:
         """Nothing is kept, so nothing to forget."""
@@ -503,6 +525,7 @@ class TensorCopy:
 
     def apply(self, unit: int, *_after: object) -> None:
         """Copy one unit."""
+        self._turn = unit + 1
         start, stop = self.units[unit]
         nbytes = (stop - start) * self._itemsize
         with (

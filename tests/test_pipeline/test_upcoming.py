@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +28,9 @@ class Work:
 
     def begin(self) -> None:
         self.log.append(("begin", self.number))
+
+    def is_at_hand(self) -> bool:
+        return True
 
     def end(self) -> None:
         self.log.append(("end", self.number))
@@ -136,3 +140,34 @@ def test_a_pass_begins_where_the_one_before_has_ended(tmp_path: Path, monkeypatc
     forward = sorted(passes[0])
     assert passes == [forward, forward[::-1], forward]
     assert loaded[0] < 0.9
+
+
+def test_nothing_is_read_out_of_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two passes over a tensor, workers do of the next one what has been read, and leave the rest for later."""
+    rows, count = 1024, 4
+    write_job(tmp_path, {f"{n}.weight": (rows, 1024) for n in range(count)})
+    build_job(tmp_path)
+    monkeypatch.setattr(graph, "MAX_BUNDLE_BYTES", 1)
+    monkeypatch.setattr("mergepipe.pipeline.execution.is_resident", lambda item, pool: False)
+    monkeypatch.setattr("mergepipe.pipeline.reading.pool_bytes", lambda scheduled: 2**21)
+    asked: list[tuple[int, bool]] = []
+    windows = DirectReader.windows
+
+    def ask(self: DirectReader, unit: Sequence[Sequence[Segment]], *, last: bool) -> AbstractContextManager[list[Any]]:
+        if len(unit) == 3:
+            asked.append((unit[0][0].offset // (rows * 1024 * 2), self.holds(unit)))
+        return windows(self, unit, last=last)
+
+    monkeypatch.setattr(DirectReader, "windows", ask)
+    mergepipe.run(tmp_path / "work", reader="direct", workers=2)
+    assert len(asked) == count * 3 * 16
+    last_of = {number: position for position, (number, _) in enumerate(asked)}
+    order = list(dict.fromkeys(number for number, _ in asked))
+    early = [
+        held
+        for earlier, later in itertools.pairwise(order)
+        for number, held in asked[: last_of[earlier]]
+        if number == later
+    ]
+    # Two workers may find the same unit at hand, and the second of them gets the one after it.
+    assert early.count(False) <= 4

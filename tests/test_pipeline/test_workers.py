@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,28 @@ def test_the_lowest_rank_goes_first() -> None:
         for future in (blocked, *later, *early):
             future.result(10)
     assert begun == ["early 0", "early 1", "early 2", "late 0", "late 1", "late 2"]
+
+
+def test_a_later_bundle_waits_for_what_it_needs_while_an_earlier_one_is_at_work() -> None:
+    at_hand = threading.Event()
+    done: list[str] = []
+    with Workers(1) as workers, ExitStack() as at_work:
+        first = at_work.enter_context(workers.ranked(1))
+        with workers.ranked(2, at_hand.is_set) as second, workers.ranked(3) as third:
+            late = [second.submit(done.append, f"second {n}") for n in range(2)]
+            third.submit(done.append, "third").result(10)
+            first.submit(done.append, "first").result(10)
+            assert done == ["third", "first"]
+            at_hand.set()
+            late[0].result(10)
+            late[1].result(10)
+            at_hand.clear()
+            late.append(second.submit(done.append, "at its end"))
+            time.sleep(0.02)
+            assert not late[2].done()
+            at_work.close()
+            late[2].result(10)  # the second is the earliest now
+    assert done == ["third", "first", "second 0", "second 1", "at its end"]
 
 
 def test_what_a_task_raises_is_for_whoever_waits() -> None:

@@ -329,6 +329,19 @@ def test_what_is_there_is_given_to_whoever_asks(files: dict[str, bytes]) -> None
         assert waiting.result(timeout=10) == [UNIT, UNIT]
 
 
+def test_it_tells_what_it_holds(files: dict[str, bytes]) -> None:
+    path = next(iter(files))
+    units = [[[Segment(path, number * UNIT, UNIT)] for number in pair] for pair in ((0, 1), (1, 2), (3, 4))]
+    with DirectReader(3 * (UNIT + SLACK_BYTES)) as reader:
+        assert not any(map(reader.holds, units))
+        reader.ahead(units[:1])
+        assert [reader.holds(unit) for unit in units] == [True, False, False], "on its way is enough, half of it is not"
+        with reader.windows(units[1], last=False):
+            assert [reader.holds(unit) for unit in units] == [True, True, False]
+        reader.forget(units[1])
+        assert not any(map(reader.holds, units))
+
+
 def test_what_is_forgotten_makes_room(files: dict[str, bytes], reader: DirectReader) -> None:
     units = units_of(next(iter(files)))
     reader.ahead(units)
