@@ -302,7 +302,10 @@ def _useful_bytes(item: ScheduledTensor, room: int) -> int:
     if item.held:
         return room
     one = _resident_bytes(item)
-    return SETS_KEPT * one if RESIDENT_SHARE * one <= room else item.streamed
+    if RESIDENT_SHARE * one <= room:
+        return SETS_KEPT * one
+    # Where one pass turns into the next, what is still there need not be read: at two turns that pays for the memory.
+    return item.streamed * max(1, int(item.sweep_reads))
 
 
 def is_resident(item: ScheduledTensor, pool: int) -> bool:

@@ -196,3 +196,17 @@ def test_a_plan_counts_no_sweep_that_is_never_made() -> None:
     assert not {"ties", "norms after thinning"} & set(sweeps())
     assert "ties" in sweeps(tie_rule="index")
     assert "norms after thinning" in sweeps(rescale=True)
+
+
+def test_a_pool_grows_with_the_passes_that_turn_in_it() -> None:
+    """Of a tensor that is streamed: what is held where a pass turns is not read again, but memory has its price."""
+
+    def pool(name: str, ceiling: int) -> float:
+        tensor = replace(plan_of(name).tensors[0], shape=(131072, 4096))
+        plan = replace(plan_of(name), tensors=(tensor,), groups=((tensor.name,),), chunk_bytes=32 * MIB)
+        (item,) = items = schedule(plan, Ceiling(ceiling, 2), gathered=[True] * 3)
+        assert not scheduling.is_resident(item, item.pool)
+        return scheduling.pool_bytes(items) / item.streamed
+
+    assert [pool(name, 1024 * MIB) for name in ("linear", "ties", "scf_rkl")] == [1, 1, 2]
+    assert 1 < pool("scf_rkl", 768 * MIB) < 2, "no more than there is room for"
