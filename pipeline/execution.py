@@ -62,9 +62,10 @@ from mergepipe.storage.readers import MmapReader
 from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace
 from mergepipe.storage.writer import SealedShard
+from mergepipe.tasks.copy_nodes import TensorCopy
 from mergepipe.tasks.matrix_nodes import MatrixWork
 from mergepipe.tasks.method import Job, MergeMethod, State, lasting
-from mergepipe.tasks.nodes import Nowhere, TensorCopy, TensorWork, WorkerBuffers
+from mergepipe.tasks.nodes import Nowhere, TensorWork, WorkerBuffers
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.sources import TensorSource
@@ -331,8 +332,8 @@ class Execution:
     def _sweep(self, works: Upcoming[TensorWork], workers: Workers, bundle: Sequence[int]) -> None:
         """One round over some tensors."""
         with self._element_wise:
-            graphs = [self._graph(number, works[number], partial(works.end, number)) for number in bundle]
-            run_bundle(graphs, workers, bundle[0], _at_hand(works, bundle))
+            graphs = (self._graph(number, works[number], partial(works.end, number)) for number in bundle)
+            run_bundle(graphs, workers, bundle[0], self._at_hand(works, bundle))
 
     def _round_work(self, which: RoundId, number: int) -> TensorWork:
         def collect(state: State) -> None:
@@ -379,8 +380,16 @@ class Execution:
     def _run(self, works: Upcoming[TensorWork | TensorCopy], workers: Workers, bundle: Sequence[int]) -> None:
         """Make some tensors of the output."""
         with self._admitted(bundle):
-            graphs = [self._graph(number, works[number], partial(self._finish, works, number)) for number in bundle]
-            run_bundle(graphs, workers, self._rank[bundle[0]], _at_hand(works, bundle))
+            graphs = (self._graph(number, works[number], partial(self._finish, works, number)) for number in bundle)
+            run_bundle(graphs, workers, self._rank[bundle[0]], self._at_hand(works, bundle))
+
+    def _at_hand(self, works: Upcoming[W], bundle: Sequence[int]) -> Callable[[], bool]:
+        """Whether what a bundle needs next is there.
+
+        Tensors that share a bundle are small, and what they need is read together: they don't wait. Nor does anything
+        beside whole matrices, whose panels may take all room for as long as one is worked on.
+        """
+        return works[bundle[0]].is_at_hand if len(bundle) == 1 and not self._whole else always
 
     def _admitted(self, bundle: Sequence[int]) -> AbstractContextManager[object]:
         """A whole matrix waits for its bytes, a bundle of other tensors for its turn."""
@@ -467,8 +476,3 @@ class Execution:
         name = self.plan.tensors[number].name
         logger.debug("'%s' is made", name)
         self.shards.when_written(number, lambda: self.announce(TensorFinished(name)))
-
-
-def _at_hand(works: Upcoming[W], bundle: Sequence[int]) -> Callable[[], bool]:
-    """Whether what a bundle needs next is there; tensors that share one are small, and take little room from others."""
-    return works[bundle[0]].is_at_hand if len(bundle) == 1 else always

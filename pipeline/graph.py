@@ -19,7 +19,7 @@ linearly, a collection would hold whole tensors alive.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -145,23 +145,24 @@ def bundles(tasks: Sequence[int], nbytes: Sequence[int]) -> Iterator[range]:
         yield range(first, len(tasks))
 
 
-def run_bundle(graphs: Sequence[Graph], workers: Workers, rank: int, at_hand: Callable[[], bool] = always) -> None:
+def run_bundle(graphs: Iterable[Graph], workers: Workers, rank: int, at_hand: Callable[[], bool] = always) -> None:
     """Compute all nodes of a bundle, those of a lower rank first; returns when they are done or one has raised.
 
     Parameters
     ----------
-    graphs : sequence of Graph
+    graphs : iterable of Graph
+        Made once the bundle counts as being at work.
     workers : Workers
     rank, at_hand
         As of :meth:`mergepipe.pipeline.workers.Workers.ranked`.
     """
-    import dask.threaded
-
-    merged: Graph = {}
-    for graph in graphs:
-        merged.update(graph)
-    ends = [key for key in merged if isinstance(key, tuple) and key[0] == "done"]
     with workers.ranked(rank, at_hand) as pool:
+        import dask.threaded
+
+        merged: Graph = {}
+        for graph in graphs:
+            merged.update(graph)
+        ends = [key for key in merged if isinstance(key, tuple) and key[0] == "done"]
         dask.threaded.get(merged, ends, pool=pool)
 
 

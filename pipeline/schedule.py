@@ -48,6 +48,10 @@ RESIDENT_SHARE = 2
 SETS_KEPT = 3
 """How many such sets a pool has use for: two are at work, and the next is read. With fewer, some are read twice."""
 
+TURNED = 2
+"""How many times as much as streams at once a pool has use for where passes turn more than once: with one turn, less
+reading does not pay for the first touch of more memory."""
+
 COPIED_ELEMENTS = 4096
 """Units of copied tensors are multiples of this."""
 
@@ -304,8 +308,9 @@ def _useful_bytes(item: ScheduledTensor, room: int) -> int:
     one = _resident_bytes(item)
     if RESIDENT_SHARE * one <= room:
         return SETS_KEPT * one
-    # Where one pass turns into the next, what is still there need not be read: at two turns that pays for the memory.
-    return item.streamed * max(1, int(item.sweep_reads))
+    # Where one pass turns into the next, and the last into the output, what is still there need not be read again.
+    turns = int(item.sweep_reads)
+    return item.streamed * (TURNED if turns > 1 else 1)
 
 
 def is_resident(item: ScheduledTensor, pool: int) -> bool:

@@ -20,13 +20,13 @@ AHEAD = 2
 """Tasks per worker that a bundle keeps waiting, so that it has one ready whenever a worker is."""
 
 LOOK_AGAIN_S = 0.002
-"""How long a worker waits for what a later bundle needs to be at hand, before it looks again; nobody tells it."""
+"""How long a worker waits for what a later bundle needs, before it looks again whether it is at hand."""
 
 Task = tuple[Future[Any], Callable[[], Any]]
 
 
 def always() -> bool:
-    """Of a bundle that needs nothing that could be at hand or not."""
+    """Of a bundle that does not wait for what it needs."""
     return True
 
 
@@ -49,6 +49,7 @@ class Workers:
         self._waiting: dict[int, deque[Task]] = {}
         self._bundles: dict[int, Callable[[], bool]] = {}
         self._changed = threading.Condition()
+        self._looking = False
         self._closed = False
         self._threads = [threading.Thread(target=self._work, name=f"mergepipe-worker-{n}") for n in range(count)]
         for thread in self._threads:
@@ -70,7 +71,8 @@ class Workers:
         rank : int
             The lower, the earlier its tasks are taken; no two bundles at work have the same.
         at_hand : callable
-            Whether what its next task needs is there. It is asked while an earlier bundle is at work, often.
+            Whether what its next task needs is there. It is asked while an earlier bundle is at work, often, with a
+            lock held. Where it raises, a task is taken all the same: the same will be raised to whoever waits for it.
         """
         return Ranked(self, rank, at_hand)
 
@@ -117,9 +119,11 @@ class Workers:
         while True:
             with self._changed:
                 while (task := self._next()) is None and not self._closed:
-                    self._changed.wait(LOOK_AGAIN_S if self._waiting else None)
+                    self._wait()
                 if task is None:
                     return
+                if self._waiting:
+                    self._changed.notify()
             future, body = task
             if not future.set_running_or_notify_cancel():
                 continue
@@ -131,17 +135,32 @@ class Workers:
                 future.set_result(found)
             del future, body, task  # nothing of it is to live until the next task comes
 
+    def _wait(self) -> None:
+        """Until something may have changed; where a task waits for what it needs, one of those who wait looks again."""
+        if not self._waiting or self._looking:
+            self._changed.wait()
+            return
+        self._looking = True
+        self._changed.wait(LOOK_AGAIN_S)
+        self._looking = False
+
     def _next(self) -> Task | None:
         """Take a task of the earliest bundle, or of a later one that has what it needs at hand."""
         earliest = min([*self._bundles, *self._waiting], default=0)
         for rank in sorted(self._waiting):
-            if rank == earliest or self._bundles.get(rank, always)():
+            if rank == earliest or self._is_at_hand(rank):
                 tasks = self._waiting[rank]
                 task = tasks.popleft()
                 if not tasks:
                     del self._waiting[rank]
                 return task
         return None
+
+    def _is_at_hand(self, rank: int) -> bool:
+        try:
+            return self._bundles.get(rank, always)()
+        except Exception:
+            return True
 
 
 class Ranked:

@@ -252,7 +252,8 @@ class DirectReader:
     def ahead(self, units: Iterable[Sequence[Sequence[Segment]]]) -> None:
         """Read these units, each the windows of one later call, as soon as there is room for them."""
         with self._changed:
-            self._queue.extend([_key(segments) for segments in unit] for unit in units)
+            announced = ([_key(segments) for segments in unit] for unit in units)
+            self._queue.extend(keys for keys in announced if self._fits(keys))
             self._pump()
 
     def forget(self, windows: Iterable[Sequence[Segment]]) -> None:
@@ -276,10 +277,10 @@ class DirectReader:
             self._pump()
 
     def holds(self, groups: Sequence[Sequence[Segment]]) -> bool:
-        """Whether all windows of a unit are in the arena, or on their way into it."""
+        """Whether all windows of a unit are in the arena, or on their way into it; or whether they never will be."""
         keys = [_key(segments) for segments in groups]
         with self._changed:
-            return all(key in self._pieces for key in keys)
+            return all(key in self._pieces for key in keys) or not self._fits(keys)
 
     @contextmanager
     def window(self, segments: Sequence[Segment], *, last: bool) -> Iterator[U8]:
@@ -299,7 +300,7 @@ class DirectReader:
     def windows(self, groups: Sequence[Sequence[Segment]], *, last: bool) -> Iterator[list[U8]]:
         """One window per group, all taken together; raises as :meth:`window`."""
         keys = [_key(segments) for segments in groups]
-        if sum(_reserved(key) for key in keys) > self._arena.size:
+        if not self._fits(keys):
             yield [self._outside(key) for key in keys]
             return
         pieces = self._take(keys)
@@ -308,6 +309,10 @@ class DirectReader:
             yield [piece.loading.result() for piece in pieces]
         finally:
             self._release(pieces, last)
+
+    def _fits(self, keys: list[Key]) -> bool:
+        """Whether the arena can hold a unit at all; one that it can't is read beside it, when it is asked for."""
+        return sum(_reserved(key) for key in keys) <= self._arena.size
 
     def _take(self, keys: list[Key]) -> list[_Piece]:
         """Pin the pieces of a unit, loading what is not there; waits until there is room for all of them."""

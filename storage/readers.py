@@ -57,7 +57,7 @@ class Reader(Protocol):
         """A hint: of the announced calls of `windows`, one for each of these units will not come."""
 
     def holds(self, groups: Sequence[Sequence[Segment]]) -> bool:
-        """Whether a call of `windows` would find its bytes read, or about to be: nothing would have to make room."""
+        """Whether a call of `windows` would find its bytes read, or about to be, so that nothing has to make room."""
 
     def forget(self, windows: Iterable[Sequence[Segment]]) -> None:
         """A hint: these windows won't be asked for again."""

@@ -16,8 +16,9 @@ output; :mod:`mergepipe.tasks.method` says what that means, :mod:`mergepipe.task
   are made of; :mod:`~mergepipe.tasks.rows_torch`: the same on a GPU, to the same bits.
 * :mod:`~mergepipe.tasks.change`: how far an output has moved from its base.
 * :mod:`~mergepipe.tasks.kernels`: the loops.
-* :mod:`~mergepipe.tasks.nodes`, :mod:`~mergepipe.tasks.matrix_nodes`: what a node of the graph does, by tiles or with a
-  whole matrix; :mod:`~mergepipe.tasks.sources`: where values come from. Nothing else here knows of files.
+* :mod:`~mergepipe.tasks.nodes`, :mod:`~mergepipe.tasks.matrix_nodes`, :mod:`~mergepipe.tasks.copy_nodes`: what a node
+  of the graph does, by tiles, with a whole matrix, or where nothing is computed; :mod:`~mergepipe.tasks.sources`: where
+  values come from. Nothing else here knows of files.
 
 Not here: which tensors are merged, in what order, with how much memory (:mod:`mergepipe.pipeline`), and what a file
 looks like (:mod:`mergepipe.storage`).

@@ -95,6 +95,19 @@ class WorkerBuffers(threading.local):
         return array
 
 
+class Turn:
+    """How far a tensor has come: its sweeps, then its output, and the next unit of that. It only ever moves on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.at = (0, 0)
+
+    def reach(self, stage: int, unit: int) -> None:
+        """Units of a stage are begun one after another, but whoever begins one may be late to say so."""
+        with self._lock:
+            self.at = max(self.at, (stage, unit))
+
+
 class TensorWork:
     """One tensor on its way through its sweeps and its kernel.
 
@@ -187,7 +200,8 @@ class TensorWork:
         self._backwards = self._passes()[-1 if self.units else -2 :: -2]
         self._accumulators: dict[int, Accumulator] = {}
         self._places: dict[tuple[int, int], list[Sequence[Segment]]] = {}
-        self._turn = (0, 0)
+        self._turn = Turn()
+        self._read_by = (-1, False)
 
     @property
     def sources(self) -> tuple[TensorSource, ...]:
@@ -226,17 +240,26 @@ class TensorWork:
         return self.sweep_units[-1 - unit if not self._resident and sweep in self._backwards else unit]
 
     def is_at_hand(self) -> bool:
-        """Whether the reader has what the next unit needs, or needs nothing: about so, while others are at work."""
-        blocks = self._next_blocks()
-        return blocks is None or self._reader.holds(self._segments(blocks))
+        """Whether the reader has what the next unit needs, or needs nothing.
 
-    def _next_blocks(self) -> Blocks | None:
-        sweep, unit = self._turn
-        if sweep == len(self.sweeps):
-            return self.units[unit] if unit < len(self.units) else None
-        if unit == len(self.sweep_units) or not self.sweeps[sweep].needed(self.job, self.state):
-            return None
-        return self._looked_at(self.sweeps[sweep], self._unit_of(sweep, unit))[0]
+        What is made only now and then is not announced, and not at hand before an earlier tensor is done.
+        """
+        return all(self._reader.holds(self._segments(blocks)) for blocks in self._next_parts())
+
+    def _next_parts(self) -> list[Blocks]:
+        """What the next unit will ask for, part by part."""
+        stage, unit = self._turn.at
+        if stage == len(self.sweeps):
+            return [self.units[unit]] if unit < len(self.units) else []
+        if unit == len(self.sweep_units) or not self._reads(stage):
+            return []
+        return self._looked_at(self.sweeps[stage], self._unit_of(stage, unit))
+
+    def _reads(self, sweep: int) -> bool:
+        """Whether the sweep that comes next is needed; found out once."""
+        if self._read_by[0] != sweep:
+            self._read_by = (sweep, self.sweeps[sweep].needed(self.job, self.state))
+        return self._read_by[1]
 
     def end(self) -> None:
         """Tell the reader that nothing will be asked for any more."""
@@ -252,7 +275,7 @@ class TensorWork:
     def reduce(self, sweep: int, unit: int, *_after: object) -> None:
         """Add one unit to the accumulators of a sweep; nothing to do where the state answers it already."""
         reduction = self.sweeps[sweep]
-        self._turn = (sweep, unit + 1)
+        self._turn.reach(sweep, unit + 1)
         if reduction.needed(self.job, self.state):
             self._stop()
             self._sweep(reduction, sweep, unit)
@@ -300,13 +323,13 @@ class TensorWork:
             accumulator = self._accumulator(sweep, reduction)
             self.state = {**self.state, **reduction.combine(self.job, self.state, accumulator)}
             self._accumulators.pop(sweep, None)
-        self._turn = (sweep + 1, 0)
+        self._turn.reach(sweep + 1, 0)
         if sweep == len(self.sweeps) - 1 and self._on_state is not None:
             self._on_state(self.state)
 
     def apply(self, unit: int, *_after: object) -> None:
         """Compute one unit of the output and have it written."""
-        self._turn = (len(self.sweeps), unit + 1)
+        self._turn.reach(len(self.sweeps), unit + 1)
         start, stop = self._bounds(self.units[unit])
         stored = self.method.stored(self.job, self.state) if self._all_bf16 and self.out.name == "BF16" else None
         with self._unit_of_output(start, stop, self._input_bytes(self.units[unit])) as out:
@@ -468,69 +491,3 @@ class TensorWork:
             copy[:] = raw
             raw = copy
         return raw.view(bits)
-
-
-class TensorCopy:
-    """One tensor that is taken over as it is, byte for byte.
-
-    Parameters
-    ----------
-    source : TensorSource
-    nelements : int
-    units : sequence of (int, int)
-        First element and one past the last of each unit.
-    reader, sink, stop, report
-        As for :class:`TensorWork`.
-    """
-
-    sweeps: tuple[Reduction, ...] = ()
-    steps: tuple[str, ...] = ()
-    sweep_units: tuple[tuple[int, int], ...] = ()
-
-    def __init__(
-        self,
-        source: TensorSource,
-        units: Sequence[tuple[int, int]],
-        reader: Reader,
-        sink: Sink,
-        stop: Callable[[], None],
-        report: Callable[[str, int], None],
-    ) -> None:
-        self.source = source
-        self.units = tuple(units)
-        self.state: State = {}
-        self._itemsize = DTYPES[source.dtype].itemsize
-        self._reader = reader
-        self._sink = sink
-        self._stop = stop
-        self._report = report
-        self._turn = 0
-
-    def begin_sample(self) -> None:
-        """Nothing is looked at before."""
-
-    def begin(self) -> None:
-        """Tell the reader what will be asked for."""
-        self._reader.ahead([self._segments(unit)] for unit in self.units)
-
-    def is_at_hand(self) -> bool:
-        """Whether the reader has the next unit."""
-        return self._turn == len(self.units) or self._reader.holds([self._segments(self.units[self._turn])])
-
-    def end(self) -> None:
-        """Nothing is kept, so nothing to forget."""
-
-    def _segments(self, unit: tuple[int, int]) -> Sequence[Segment]:
-        return self.source.manifest.segments(self.source.name, *unit)
-
-    def apply(self, unit: int, *_after: object) -> None:
-        """Copy one unit."""
-        self._turn = unit + 1
-        start, stop = self.units[unit]
-        nbytes = (stop - start) * self._itemsize
-        with (
-            self._sink.unit(start * self._itemsize, nbytes, partial(self._report, "apply", 2 * nbytes)) as out,
-            self._reader.window(self._segments(self.units[unit]), last=True) as window,
-        ):
-            self._stop()
-            out[:] = window

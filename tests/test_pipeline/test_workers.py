@@ -12,7 +12,7 @@ import pytest
 
 import mergepipe
 from mergepipe.pipeline import graph
-from mergepipe.pipeline.workers import Workers
+from mergepipe.pipeline.workers import Workers, always
 from mergepipe.storage.digest import Digest, Held
 from mergepipe.storage.writer import ShardWriter
 from support.jobs import build_job, write_job
@@ -53,6 +53,32 @@ def test_a_later_bundle_waits_for_what_it_needs_while_an_earlier_one_is_at_work(
             at_work.close()
             late[2].result(10)  # the second is the earliest now
     assert done == ["third", "first", "second 0", "second 1", "at its end"]
+
+
+def test_a_look_that_fails_is_left_to_the_task() -> None:
+    def at_hand() -> bool:
+        raise OSError("no answer")
+
+    with Workers(1) as workers, workers.ranked(1), workers.ranked(2, at_hand) as second:
+        assert second.submit(divmod, 7, 2).result(10) == (3, 1)
+
+
+def test_whoever_is_free_looks_again() -> None:
+    """Of many that wait one looks; when that one has found something to do, another looks in its place."""
+    at_hand, gate = [threading.Event(), threading.Event()], threading.Event()
+    with Workers(3) as workers, ExitStack() as at_work:
+        _, second, third = (
+            at_work.enter_context(workers.ranked(rank, is_there))
+            for rank, is_there in ((1, always), (2, at_hand[0].is_set), (3, at_hand[1].is_set))
+        )
+        blocked, last = second.submit(gate.wait, 10), third.submit(divmod, 7, 2)
+        at_hand[0].set()
+        while not blocked.running():
+            time.sleep(0.001)
+        at_hand[1].set()
+        assert last.result(10) == (3, 1)
+        gate.set()
+        assert blocked.result(10)
 
 
 def test_what_a_task_raises_is_for_whoever_waits() -> None:

@@ -342,6 +342,19 @@ def test_it_tells_what_it_holds(files: dict[str, bytes]) -> None:
         assert not any(map(reader.holds, units))
 
 
+def test_a_unit_that_never_fits_is_in_nobody_s_way(files: dict[str, bytes]) -> None:
+    path = next(iter(files))
+    large = [[Segment(path, number * UNIT, UNIT)] for number in range(3)]
+    with DirectReader(2 * (UNIT + SLACK_BYTES)) as reader:
+        reader.ahead([large, [[Segment(path, 3 * UNIT, UNIT)]]])
+        assert reader.holds(large), "there is nothing to wait for"
+        assert reader.holds([[Segment(path, 3 * UNIT, UNIT)]])
+        assert [window.size for window in list_of(reader, large)] == [UNIT] * 3
+        with reader.window([Segment(path, 3 * UNIT, UNIT)], last=True) as window:
+            assert window.tobytes() == files[path][3 * UNIT : 4 * UNIT]
+        assert not reader._queue
+
+
 def test_what_is_forgotten_makes_room(files: dict[str, bytes], reader: DirectReader) -> None:
     units = units_of(next(iter(files)))
     reader.ahead(units)
