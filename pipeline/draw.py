@@ -24,6 +24,7 @@ COLORS = {
     "solve": "#f6e3b4",
     "calibrate": "#f6e3b4",
     "apply": "#d3ecd0",
+    "make": "#d3ecd0",
     "done": "#e4dcef",
 }
 STEPS = ("factor", "project", "solve", "calibrate")
@@ -52,7 +53,11 @@ def draw_graph(name: str, graph: Graph, sweeps: Sequence[str]) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="20" y="24" font-size="14">{escape(name)}: {len(graph)} nodes</text>',
     ]
-    parts += _headings(sweeps, sum(isinstance(key, tuple) and key[0] in STEPS for key in graph))
+    kinds = [key[0] for key in graph if isinstance(key, tuple)]
+    if "make" in kinds:  # all in one node
+        parts += _headings([], ", ".join([*sweeps, "output"]), 0)
+    else:
+        parts += _headings(sweeps, "output", 2 * len(sweeps) + sum(kind in STEPS for kind in kinds))
     parts += [_edge(places[before], places[key]) for key in places for before in edges[key] if before in places]
     parts += [_node(key, place) for key, place in places.items()]
     parts += [
@@ -90,8 +95,8 @@ def _column(key: tuple[Any, ...], keys: Sequence[Hashable]) -> int:
     return 2 * stage + later + (1 if key[0] in ("combine", "done") else 0)
 
 
-def _headings(sweeps: Sequence[str], steps: int) -> list[str]:
-    named = [*((2 * number, name) for number, name in enumerate(sweeps)), (2 * len(sweeps) + steps, "output")]
+def _headings(sweeps: Sequence[str], last: str, column: int) -> list[str]:
+    named = [*((2 * number, name) for number, name in enumerate(sweeps)), (column, last)]
     return [f'<text x="{20 + column * COLUMN}" y="48" fill="#555">{escape(name)}</text>' for column, name in named]
 
 
@@ -108,7 +113,7 @@ def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
 def _node(key: Hashable, place: tuple[float, float]) -> str:
     assert isinstance(key, tuple)
     x, y = 20 + place[0] * COLUMN, _y(place[1])
-    labels = {"reduce": "unit {}", "apply": "apply, unit {}", "combine": "combine", "done": "done"}
+    labels = {"reduce": "unit {}", "apply": "apply, unit {}", "combine": "combine", "make": "make", "done": "done"}
     label = labels.get(str(key[0]), f"{key[0]} {{}}")
     return (
         f'<rect class="node" x="{x:.0f}" y="{y:.0f}" width="{WIDTH}" height="{HEIGHT}" fill="{COLORS[key[0]]}"/>'

@@ -9,6 +9,9 @@ A method that looks at a whole matrix has its own steps in between, one after an
     reduce 1 ─┼─ combine 0 ───┼─ reduce 1 ─┼─ combine 1 ──┼─ apply 1 ─┼─ done
     reduce 2 ─┘               └─ reduce 2 ─┘              └─ apply 2 ─┘
 
+Of a tensor of one unit nothing can be done side by side, and a node for each stage would cost more than it does:
+("make", tensor, 0) does all of it.
+
 Nodes fetch their own data, edges carry no array: what Dask decides is the order, and it is free to choose any that the
 edges allow. Among nodes of one fan the order of the file, or its reverse, is better than any that Dask can know, so the
 first node to start takes the first unit in that order, whatever its own number. Raw graphs cost about 60 µs a node and
@@ -79,6 +82,13 @@ def tensor_graph(name: str, work: Work, done: Callable[..., None]) -> Graph:
     from dask.task_spec import List, Task, TaskRef
 
     graph: Graph = {}
+    end = ("done", name)
+    if work.sweeps and not work.steps and len(work.sweep_units) == 1 and len(work.units) <= 1:
+        whole = ("make", name, 0)
+        return {
+            whole: Task(whole, _make, work),
+            end: Task(end, done, name, List(TaskRef(whole))),
+        }
     before: tuple[Any, ...] = ()
     for sweep in range(len(work.sweeps)):
         fan = []
@@ -100,9 +110,16 @@ def tensor_graph(name: str, work: Work, done: Callable[..., None]) -> Graph:
         leaf = ("apply", name, unit)
         graph[leaf] = Task(leaf, _next_of, units, work.apply, *before)
         fan.append(TaskRef(leaf))
-    end = ("done", name)
     graph[end] = Task(end, done, name, List(*(fan or before)))  # a sweep of a round has no output
     return graph
+
+
+def _make(work: Work) -> None:
+    for sweep in range(len(work.sweeps)):
+        work.reduce(sweep, 0)  # type: ignore[attr-defined]
+        work.combine(sweep)  # type: ignore[attr-defined]
+    for unit in range(len(work.units)):
+        work.apply(unit)
 
 
 def _next_of(units: Iterator[int], body: Callable[[int], None], *_after: object) -> None:
@@ -114,9 +131,11 @@ def count_tasks(sweeps: int, units: int, steps: int = 0) -> int:
 
     Examples
     --------
-    >>> count_tasks(2, 3)
-    12
+    >>> count_tasks(2, 3), count_tasks(2, 1)
+    (12, 2)
     """
+    if sweeps and units == 1 and not steps:
+        return 2
     return sweeps * (units + 1) + steps + units + 1
 
 

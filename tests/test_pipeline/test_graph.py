@@ -52,6 +52,18 @@ def test_edges_are_reduce_combine_apply_done() -> None:
     }
 
 
+def test_a_single_unit_is_one_node() -> None:
+    work, ended = Work(2, 1), []
+    graph = tensor_graph("w", work, lambda name, _units: ended.append(name))
+    assert dependencies(graph) == {("make", "w", 0): [], ("done", "w"): [("make", "w", 0)]}
+    texts = [text.text for text in ElementTree.fromstring(draw_graph("w", graph, ["coarse", "fine"])).iter()]
+    assert {"w: 2 nodes", "coarse, fine, output", "make", "done"} <= set(texts)
+    with Workers(2) as workers:
+        run_bundle([graph], workers, 0)
+    assert work.ran == [("reduce", 0, 0), ("combine", 0, -1), ("reduce", 1, 0), ("combine", 1, -1), ("apply", 99, 0)]
+    assert ended == ["w"]
+
+
 @given(st.integers(0, 3), st.integers(0, 5))
 def test_graph_has_as_many_nodes_as_planned(sweeps: int, units: int) -> None:
     assert len(tensor_graph("w", Work(sweeps, units), lambda *_: None)) == count_tasks(sweeps, units)
