@@ -16,6 +16,8 @@ FAN_SHOWN = 6
 """Nodes of one fan that are drawn."""
 
 COLUMN, ROW, WIDTH, HEIGHT = 190, 44, 150, 28
+LETTER = 7
+"""Of a heading, on average and rounded up."""
 COLORS = {
     "reduce": "#cfe3f5",
     "combine": "#f6e3b4",
@@ -46,18 +48,19 @@ def draw_graph(name: str, graph: Graph, sweeps: Sequence[str]) -> str:
     places, dropped = _place(list(graph))
     rows = max(row for _, row in places.values()) + 1
     columns = max(column for column, _ in places.values()) + 1
+    kinds = [key[0] for key in graph if isinstance(key, tuple)]
+    headings, last = [*sweeps, "output"], 2 * len(sweeps) + sum(kind in STEPS for kind in kinds)
+    if "make" in kinds:  # all in one node
+        headings, last = [", ".join(headings)], 0
     width, height = int(columns * COLUMN + 40), int((rows + 2) * ROW + 30)
+    width = max(width, LETTER * len(headings[0]) + 40)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
         "<style>text { font: 12px sans-serif } rect.node { stroke: #666 }</style>",
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="20" y="24" font-size="14">{escape(name)}: {len(graph)} nodes</text>',
     ]
-    kinds = [key[0] for key in graph if isinstance(key, tuple)]
-    if "make" in kinds:  # all in one node
-        parts += _headings([], ", ".join([*sweeps, "output"]), 0)
-    else:
-        parts += _headings(sweeps, "output", 2 * len(sweeps) + sum(kind in STEPS for kind in kinds))
+    parts += _headings(headings, last)
     parts += [_edge(places[before], places[key]) for key in places for before in edges[key] if before in places]
     parts += [_node(key, place) for key, place in places.items()]
     parts += [
@@ -95,8 +98,9 @@ def _column(key: tuple[Any, ...], keys: Sequence[Hashable]) -> int:
     return 2 * stage + later + (1 if key[0] in ("combine", "done") else 0)
 
 
-def _headings(sweeps: Sequence[str], last: str, column: int) -> list[str]:
-    named = [*((2 * number, name) for number, name in enumerate(sweeps)), (column, last)]
+def _headings(names: Sequence[str], last: int) -> list[str]:
+    """One above every second column, and one above column number `last`."""
+    named = [*((2 * number, name) for number, name in enumerate(names[:-1])), (last, names[-1])]
     return [f'<text x="{20 + column * COLUMN}" y="48" fill="#555">{escape(name)}</text>' for column, name in named]
 
 

@@ -56,8 +56,11 @@ def test_a_single_unit_is_one_node() -> None:
     work, ended = Work(2, 1), []
     graph = tensor_graph("w", work, lambda name, _units: ended.append(name))
     assert dependencies(graph) == {("make", "w", 0): [], ("done", "w"): [("make", "w", 0)]}
-    texts = [text.text for text in ElementTree.fromstring(draw_graph("w", graph, ["coarse", "fine"])).iter()]
-    assert {"w: 2 nodes", "coarse, fine, output", "make", "done"} <= set(texts)
+    sweeps = ["coarse histogram", "fine histogram", "ties", "norms after thinning"]
+    root = ElementTree.fromstring(draw_graph("w", graph, sweeps))
+    heading = ", ".join([*sweeps, "output"])
+    assert {"w: 2 nodes", heading, "make", "done"} <= {element.text for element in root.iter()}
+    assert int(root.attrib["width"]) > 6 * len(heading)
     with Workers(2) as workers:
         run_bundle([graph], workers, 0)
     assert work.ran == [("reduce", 0, 0), ("combine", 0, -1), ("reduce", 1, 0), ("combine", 1, -1), ("apply", 99, 0)]
