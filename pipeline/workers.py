@@ -159,7 +159,7 @@ class Workers:
     def _is_at_hand(self, rank: int) -> bool:
         try:
             return self._bundles.get(rank, always)()
-        except Exception:
+        except Exception:  # a worker that ended here would be missed by all; the task will raise it to its owner
             return True
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.storage.manifest import Segment
 from mergepipe.storage.readers import Reader
-from mergepipe.tasks.method import Reduction, State
+from mergepipe.tasks.method import Reduction
 from mergepipe.tasks.nodes import Sink, Turn
 from mergepipe.tasks.sources import TensorSource
 
@@ -40,7 +40,6 @@ class TensorCopy:
     ) -> None:
         self.source = source
         self.units = tuple(units)
-        self.state: State = {}
         self._itemsize = DTYPES[source.dtype].itemsize
         self._reader = reader
         self._sink = sink

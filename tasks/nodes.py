@@ -201,7 +201,6 @@ class TensorWork:
         self._accumulators: dict[int, Accumulator] = {}
         self._places: dict[tuple[int, int], list[Sequence[Segment]]] = {}
         self._turn = Turn()
-        self._read_by = (-1, False)
 
     @property
     def sources(self) -> tuple[TensorSource, ...]:
@@ -251,15 +250,9 @@ class TensorWork:
         stage, unit = self._turn.at
         if stage == len(self.sweeps):
             return [self.units[unit]] if unit < len(self.units) else []
-        if unit == len(self.sweep_units) or not self._reads(stage):
+        if unit == len(self.sweep_units) or not self.sweeps[stage].needed(self.job, self.state):
             return []
         return self._looked_at(self.sweeps[stage], self._unit_of(stage, unit))
-
-    def _reads(self, sweep: int) -> bool:
-        """Whether the sweep that comes next is needed; found out once."""
-        if self._read_by[0] != sweep:
-            self._read_by = (sweep, self.sweeps[sweep].needed(self.job, self.state))
-        return self._read_by[1]
 
     def end(self) -> None:
         """Tell the reader that nothing will be asked for any more."""
