@@ -96,7 +96,17 @@ def whole_vectors(features: str) -> str:
 
 def kernel(function: F) -> F:
     """Compile a plain loop over arrays on first use; the type checker keeps seeing the function itself."""
-    return cast(F, _Kernel(function, {"cache": True}))
+    return cast(F, _Kernel(function, {"cache": True, "_nrt": True}))
+
+
+def uncounted(function: F) -> F:
+    """As :func:`kernel`, for one that makes no array of its own, of which there are slices or calls in a loop.
+
+    numba counts who holds an array, with an atomic addition for each slice and each argument of a call; a loop over
+    short rows or strips spends more on that than on a hundred elements. Whoever calls holds all the arrays meanwhile,
+    so here nobody counts, and numba refuses to compile what would have to: an array that is made.
+    """
+    return cast(F, _Kernel(function, {"cache": True, "_nrt": False}))
 
 
 def inlined(function: F) -> F:

@@ -37,8 +37,8 @@ from typing import Any
 import numpy as np
 
 from mergepipe.tasks.blocks import BLOCK_ELEMENTS
-from mergepipe.tasks.exponentials import LIMIT, ROOT, exp, four, less, plus, small_expm1, step, times, total
-from mergepipe.tasks.jit import inlined_late, kernel
+from mergepipe.tasks.exponentials import LIMIT, ROOT, exp, four, less, plus, small_expm1, times, total
+from mergepipe.tasks.jit import inlined_late, kernel, uncounted
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array, Job
 
@@ -58,9 +58,8 @@ MOMENTS = 9
 STATISTICS = 3
 """Of a row: its divergence, log(sum(exp(A))), and what log(q / p) is short of D."""
 
-ROOM = MOMENTS * LANES + MOMENTS + STATISTICS
-"""float64 numbers of working memory that the rows of a donor are measured with: lanes, what they add up to, and what
-is found."""
+ROOM = MOMENTS * LANES + MOMENTS
+"""float64 numbers of working memory that the rows of a donor are measured with: lanes, and what they add up to."""
 
 CLOSE, NEAR, FAR, DISTANT = range(4)
 
@@ -90,7 +89,7 @@ CLOSE_TERMS = 9
 """Terms of the series in z of a close row, whose z is below 0.032."""
 
 
-@kernel
+@uncounted
 def _reach(a: Array) -> float:
     """Largest magnitude, float32: by its bits, whose maximum vectorises."""
     largest = np.int32(0)
@@ -100,7 +99,7 @@ def _reach(a: Array) -> float:
     return np.float64(found.view(np.float32))
 
 
-@kernel
+@uncounted
 def _distance(a: Array, b: Array) -> float:
     """Largest magnitude of the differences, likewise."""
     largest = np.int32(0)
@@ -132,9 +131,9 @@ def _apart(x: Any, y: Any, i: Any, quarter: int) -> Any:
     return np.float64(y[j] - x[j]), np.float64(y[k] - x[k]), np.float64(y[m] - x[m]), np.float64(y[n] - x[n])
 
 
-@kernel
-def _weigh(a: Array, begin: int, end: int, quarter: int, reach: float, level: float, shared: Array) -> None:
-    """Weights of the elements from `begin` to `end`, whole strides of four times `quarter`.
+@uncounted
+def _weigh(a: Array, begin: int, end: int, reach: float, level: float, shared: Array) -> None:
+    """Weights of the elements from `begin` to `end`.
 
     They are ``exp(a)`` where no magnitude of the row is beyond 64, else ``exp(a - level)``.
     """
@@ -152,22 +151,18 @@ def _weigh(a: Array, begin: int, end: int, quarter: int, reach: float, level: fl
     fourth, fifth, sixth = (
         ROOT[4] * (square * square), ROOT[5] * (square * square * scale), ROOT[6] * (square * square * square),
     )  # fmt: skip
-    for start in range(begin, end, 4 * quarter):
-        x, own = a[start : start + 4 * quarter], shared[start - begin : start - begin + 4 * quarter]
-        for i in range(quarter):
-            place = _at(x, i, quarter)
-            root = step(four(sixth), place, fifth)
-            root = step(root, place, fourth)
-            root = step(root, place, third)
-            root = step(root, place, second)
-            root = step(root, place, first)
-            root = step(root, place, ROOT[0])
-            root = times(root, root)
-            root = times(root, root)
-            root = times(root, root)
-            root = times(root, root)
-            j, k, m, n = np.uintp(i), np.uintp(i + quarter), np.uintp(i + 2 * quarter), np.uintp(i + 3 * quarter)
-            own[j], own[k], own[m], own[n] = root[0], root[1], root[2], root[3]
+    for i in range(end - begin):
+        place = np.float64(a[np.uintp(begin + i)])
+        root = fifth + sixth * place
+        root = fourth + root * place
+        root = third + root * place
+        root = second + root * place
+        root = first + root * place
+        root = ROOT[0] + root * place
+        root *= root
+        root *= root
+        root *= root
+        shared[np.uintp(i)] = root * root
     for _ in range(rounds):
         for i in range(end - begin):
             raised = shared[np.uintp(i)] * shared[np.uintp(i)]
@@ -232,7 +227,7 @@ def _add_far(a: Array, b: Array, begin: int, end: int, quarter: int, mean: float
             _put(lanes, i, weight, e, times(weight, exp(e)))
 
 
-@kernel
+@uncounted
 def _add_distant(
     a: Array, b: Array, begin: int, end: int, quarter: int, top: float, shared: Array, lanes: Array
 ) -> None:
@@ -252,7 +247,7 @@ def _add_distant(
             _put(lanes, i, weight, d, other)
 
 
-@kernel
+@uncounted
 def _add_strides(
     a: Array, b: Array, begin: int, end: int, kind: int, shift: float, shared: Array, room: Array, donor: int
 ) -> None:
@@ -268,7 +263,7 @@ def _add_strides(
         _add_distant(a, y, begin, end, LANES, shift, shared, lanes)
 
 
-@kernel
+@uncounted
 def _add_rest(filled: Array, end: int, kind: int, shift: float, shared: Array, room: Array, donor: int) -> None:
     # And one that is not known: a loop over so few lanes would be written out, and badly.
     a, b, lanes, quarter = filled[0], filled[1], room[donor], filled.shape[1] // 16
@@ -282,22 +277,24 @@ def _add_rest(filled: Array, end: int, kind: int, shift: float, shared: Array, r
         _add_distant(a, b, FIRST, end, quarter, shift, shared, lanes)
 
 
-@kernel
-def _halve(lanes: Array, first: int, count: int, at: int) -> None:
-    """Sums of lanes, half on half: of so many times 64 from `first` on, which change, to where `at` is."""
-    for s in range(first, first + count * LANES, LANES):
-        for i in range(s, s + 8):
+@uncounted
+def _halve(lanes: Array, count: int, eighth: int, at: int) -> None:
+    """Sums of lanes, half on half: of the first so many times 64, which change, to where `at` is.
+
+    `eighth` is an eighth of 64 that is not known as this is compiled: else the loop is written out, and badly.
+    """
+    for s in range(count):
+        t = lanes[s * LANES : (s + 1) * LANES]
+        for i in range(eighth):
             # Three halvings written out: a loop over them does not vectorise.
             a, b, c, d = np.uintp(i), np.uintp(i + 8), np.uintp(i + 16), np.uintp(i + 24)
             e, f, g, h = np.uintp(i + 32), np.uintp(i + 40), np.uintp(i + 48), np.uintp(i + 56)
-            even, odd = (lanes[a] + lanes[e]) + (lanes[c] + lanes[g]), (lanes[b] + lanes[f]) + (lanes[d] + lanes[h])
-            lanes[a] = even + odd
-    for s in range(count):
-        t = lanes[first + s * LANES : first + s * LANES + 8]
+            even, odd = (t[a] + t[e]) + (t[c] + t[g]), (t[b] + t[f]) + (t[d] + t[h])
+            t[a] = even + odd
         lanes[at + s] = ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))
 
 
-@kernel
+@uncounted
 def _fill(values: Array, first: int, end: int, out: Array) -> None:
     """The values from `first` on, and zeros behind them up to `end`."""
     # An assignment to a slice would first ask whether the two overlap, and takes six times as long.
@@ -308,7 +305,7 @@ def _fill(values: Array, first: int, end: int, out: Array) -> None:
         out[np.uintp(i)] = 0.0
 
 
-@kernel
+@uncounted
 def _add_up(
     a: Array,
     b: Array,
@@ -347,7 +344,7 @@ def _add_up(
     whole = a.size // STRIDE * STRIDE
     for start in range(0, whole, STRIP):
         stop = min(start + STRIP, whole)
-        _weigh(a, start, stop, LANES, reach, level, shared)
+        _weigh(a, start, stop, reach, level, shared)
         for j in range(len(b)):
             if kinds[j] != LEFT:
                 _add_strides(a, b, start, stop, kinds[j], shifts[j], shared, room, j)
@@ -355,7 +352,7 @@ def _add_up(
     if rest:
         stop = -(-rest // LANES) * LANES
         _fill(a, whole, stop, filled[0])
-        _weigh(filled[0], FIRST, stop, LANES // 4, reach, level, shared)
+        _weigh(filled[0], FIRST, stop, reach, level, shared)
         for i in range(rest, stop):
             shared[np.uintp(i)] = 0.0
         for j in range(len(b)):
@@ -364,10 +361,10 @@ def _add_up(
                 _add_rest(filled, stop, kinds[j], shifts[j], shared, room, j)
     for j in range(len(b)):
         if kinds[j] != LEFT:
-            _halve(room[j], 0, MOMENTS if kinds[j] == CLOSE else SUMS, MOMENTS * LANES)
+            _halve(room[j], MOMENTS if kinds[j] == CLOSE else SUMS, filled.shape[1] // 32, MOMENTS * LANES)
 
 
-@kernel
+@uncounted
 def _finish_close(moments: Array, reverse: float, forward: float, out: Array) -> bool:
     """:data:`STATISTICS` of a close row from its :data:`MOMENTS`; False, with `out` undefined, if too much cancels."""
     total = moments[0]
@@ -391,11 +388,13 @@ def _finish_close(moments: Array, reverse: float, forward: float, out: Array) ->
     backward = backward / (1.0 + z) + falling
     onward += rising
     found = reverse * backward + forward * onward
-    out[0], out[1], out[2] = found if found > 0.0 else 0.0, math.log(total), math.log1p(z)
+    out[0] = found if found > 0.0 else 0.0
+    if out.size > 1:
+        out[1], out[2] = math.log(total), math.log1p(z)
     return True
 
 
-@kernel
+@uncounted
 def _finish_sums(
     sums: Array, kind: int, level: float, top: float, mean: float, reverse: float, forward: float, out: Array
 ) -> None:
@@ -409,10 +408,11 @@ def _finish_sums(
         backward = sums[3] / sums[2] - moved
     found = reverse * backward + forward * (moved - sums[1] / sums[0])
     out[0] = found if found > 0.0 and found < math.inf else 0.0
-    out[1], out[2] = level + math.log(sums[0]), moved + mean
+    if out.size > 1:
+        out[1], out[2] = level + math.log(sums[0]), moved + mean
 
 
-@kernel
+@uncounted
 def finish_once(moments: Array, kind: int, width: int, reverse: float, forward: float, out: Array) -> bool:
     """:data:`STATISTICS` of a row that was read once; False, with `out` undefined, if too much cancels."""
     if kind == CLOSE:
@@ -424,7 +424,7 @@ def finish_once(moments: Array, kind: int, width: int, reverse: float, forward: 
     return True
 
 
-@kernel
+@uncounted
 def _add_differences(a: Array, b: Array, begin: int, end: int, quarter: int, lanes: Array) -> None:
     """Add D and its squares, as :data:`SUMS` have them."""
     for start in range(begin, end, 4 * quarter):
@@ -459,11 +459,11 @@ def measure_extremes(a: Array, b: Array, out: Array) -> None:
         _fill(a, whole, stop, filled[0])
         _fill(b, whole, stop, filled[1])
         _add_differences(filled[0], filled[1], FIRST, stop, LANES // 4, lanes)
-    _halve(lanes, 0, 2, 2 * LANES)
+    _halve(lanes, 2, filled.shape[1] // 32, 2 * LANES)
     out[2], out[6] = lanes[2 * LANES], lanes[2 * LANES + 1]
 
 
-@kernel
+@uncounted
 def _measured_as(extremes: Array, width: int) -> tuple[int, float, float]:
     """Of a row whose :data:`EXTREMES` are known: its kind, and what is taken off A and off D."""
     mean = extremes[2] / width
@@ -484,7 +484,7 @@ def measure_sums(a: Array, b: Array, extremes: Array, width: int, out: Array) ->
         out[s] = room[0, MOMENTS * LANES + s]
 
 
-@kernel
+@uncounted
 def finish_row(extremes: Array, sums: Array, width: int, reverse: float, forward: float, out: Array) -> None:
     """:data:`STATISTICS` of a row; `reverse` and `forward` are the weights of the two directions.
 
@@ -497,10 +497,12 @@ def finish_row(extremes: Array, sums: Array, width: int, reverse: float, forward
         _finish_sums(sums, kind, level, 0.0, shift, reverse, forward, out)
     spread = extremes[4] - extremes[3]
     if not (spread > 0.0 and spread < math.inf):
-        out[0], out[2] = 0.0, extremes[2] / width
+        out[0] = 0.0
+        if out.size > 1:
+            out[2] = extremes[2] / width
 
 
-@kernel
+@uncounted
 def finish_rows_once(
     moments: Array, kinds: Array, width: int, reverse: float, forward: float, out: Array, settled: Array
 ) -> None:
@@ -520,7 +522,7 @@ def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float,
     width : int
     reverse, forward : float
         Weights of the two directions.
-    out : float64 ndarray, shape (rows, 1 to 3)
+    out : float64 ndarray, shape (rows, 1 or 3)
         The first columns are written.
 
     Returns
@@ -530,16 +532,25 @@ def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float,
     """
     shared, filled, room = np.empty(STRIP), np.empty((2, STRIDE), a.dtype), np.empty((1, ROOM))
     energies, kinds, shifts = np.zeros(1), np.empty(1, np.int64), np.zeros(1)
-    donors = b.reshape(b.size // width, 1, width)
-    for row in range(a.size // width):
-        x, y = a[row * width : (row + 1) * width], donors[row]
-        reach = _reach(x)
-        kinds[0] = kind_of(reach, _distance(x, y[0]))
-        measure_row(x, y, kinds, reach, reverse, forward, out[row : row + 1], energies, shifts, shared, filled, room)
+    count = a.size // width
+    rows, donors = a.reshape(count, width), b.reshape(count, 1, width)
+    found = out.reshape(count, 1, out.shape[1])
+    _measure_each(rows, donors, reverse, forward, found, energies, kinds, shifts, shared, filled, room)
     return float(energies[0])
 
 
-@kernel
+@uncounted
+def _measure_each(
+    a: Array, b: Array, reverse: float, forward: float, out: Array, energies: Array, kinds: Array, shifts: Array,
+    shared: Array, filled: Array, room: Array,
+) -> None:  # fmt: skip
+    for row in range(len(a)):
+        reach = _reach(a[row])
+        kinds[0] = kind_of(reach, _distance(a[row], b[row, 0]))
+        measure_row(a[row], b[row], kinds, reach, reverse, forward, out[row], energies, shifts, shared, filled, room)
+
+
+@uncounted
 def measure_row(
     a: Array, b: Array, kinds: Array, reach: float, reverse: float, forward: float, out: Array, energies: Array,
     shifts: Array, shared: Array, filled: Array, room: Array,
@@ -552,7 +563,7 @@ def measure_row(
     kinds : int64 ndarray, shape (donors,)
         What they are by :func:`kind_of`; changed.
     reach, reverse, forward : float
-    out : float64 ndarray, shape (donors, 1 to 3)
+    out : float64 ndarray, shape (donors, 1 or 3)
     energies : float64 ndarray, shape (donors,)
         Added to: the sums of squares of D.
     shifts : float64 ndarray, shape (donors,)
@@ -565,18 +576,21 @@ def measure_row(
             kinds[j] = LEFT
     _add_up(a, b, kinds, reach, 0.0, shifts, shared, filled, room)
     for j in range(len(b)):
-        rest = room[j, MOMENTS * LANES :]
-        moments, found = rest[:MOMENTS], rest[MOMENTS:]
-        if kinds[j] != LEFT and finish_once(moments, kinds[j], a.size, reverse, forward, found):
+        moments = room[j, MOMENTS * LANES :]
+        if kinds[j] != LEFT and finish_once(moments, kinds[j], a.size, reverse, forward, out[j]):
             energies[j] += moments[MOMENTS - 1] if kinds[j] == CLOSE else moments[SUMS - 1]
         else:
-            extremes, sums = np.empty(EXTREMES), np.empty(SUMS)
-            measure_extremes(a, b[j], extremes)
-            measure_sums(a, b[j], extremes, a.size, sums)
-            finish_row(extremes, sums, a.size, reverse, forward, found)
-            energies[j] += extremes[EXTREMES - 1]
-        for s in range(out.shape[1]):
-            out[j, s] = found[s]
+            energies[j] += _measure_twice(a, b[j], reverse, forward, out[j])
+
+
+@kernel
+def _measure_twice(a: Array, b: Array, reverse: float, forward: float, out: Array) -> float:
+    """:data:`STATISTICS` of a row that is read once more; its sum of squares of D."""
+    extremes, sums = np.empty(EXTREMES), np.empty(SUMS)
+    measure_extremes(a, b, extremes)
+    measure_sums(a, b, extremes, a.size, sums)
+    finish_row(extremes, sums, a.size, reverse, forward, out)
+    return float(extremes[EXTREMES - 1])
 
 
 @kernel
@@ -596,14 +610,13 @@ def fold_extremes(pieces: Array, out: Array) -> None:
 
 @kernel
 def finish_rows(extremes: Array, pieces: Array, width: int, reverse: float, forward: float, out: Array) -> None:
-    """:data:`STATISTICS` of rows, shape (rows, 1 to 3), from the sums of their pieces, shape (rows, pieces, 6)."""
-    sums, found = np.empty(SUMS), np.empty(STATISTICS)
+    """:data:`STATISTICS` of rows, shape (rows, 1 or 3), from the sums of their pieces, shape (rows, pieces, 6)."""
+    sums = np.empty(SUMS)
     for row in range(pieces.shape[0]):
         sums[:] = 0.0
         for k in range(pieces.shape[1]):
             sums += pieces[row, k]
-        finish_row(extremes[row], sums, width, reverse, forward, found)
-        out[row] = found[: out.shape[1]]
+        finish_row(extremes[row], sums, width, reverse, forward, out[row])
 
 
 def row_width(job: Job) -> int:

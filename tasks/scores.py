@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.jit import inlined, kernel
+from mergepipe.tasks.jit import inlined, kernel, uncounted
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
 
@@ -60,7 +60,7 @@ def score_delta(a: Array, b: Array, width: int, rows: Array, always: bool, out: 
             scores[i] = np.float64(abs(y[i] - x[i])) * factor
 
 
-@kernel
+@uncounted
 def sort_energies(
     deltas: Array, keys: Array, low: Any, high: Any, shift: int, unit: float, counts: Array, lanes: Array
 ) -> None:
@@ -147,7 +147,7 @@ def rounded_up(thresholds: Array) -> Array:
     return found
 
 
-@kernel
+@uncounted
 def added(lanes: Array) -> float:
     """Their sum, one after another."""
     total = 0.0
@@ -156,7 +156,7 @@ def added(lanes: Array) -> float:
     return total
 
 
-@kernel
+@uncounted
 def _score_strip(
     base: Array, donor: Array, start: int, stop: int, width: int, rows: Array, always: bool, keys: Array, deltas: Array
 ) -> Any:  # fmt: skip
@@ -232,7 +232,7 @@ def sort_stored(
     return bool(worst < 0x7F80)
 
 
-@kernel
+@uncounted
 def _take_row(
     base: Array, donors: tuple[Array, ...], start: int, stop: int, factors: Array, least: Array, scale: float | None,
     out: Array,

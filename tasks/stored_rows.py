@@ -10,13 +10,13 @@ import math
 
 import numpy as np
 
-from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.jit import kernel, uncounted
 from mergepipe.tasks.method import Array
 from mergepipe.tasks.rows import ROOM, STRIDE, STRIP, kind_of, measure_row
 from mergepipe.tasks.scores import factor_of
 
 
-@kernel
+@uncounted
 def _decode(bits: Array, out: Array) -> float:
     """Stored bfloat16 to float32; the largest magnitude, which is not below an infinity if one is not finite."""
     largest = np.int32(0)
@@ -28,7 +28,7 @@ def _decode(bits: Array, out: Array) -> float:
     return np.float64(found.view(np.float32))
 
 
-@kernel
+@uncounted
 def _decode_donor(bits: Array, a: Array, out: Array) -> tuple[bool, float]:
     """The same for a donor: whether all are finite, and the largest magnitude of the differences to `a`."""
     worst, largest = np.int32(0), np.int32(0)
@@ -42,7 +42,7 @@ def _decode_donor(bits: Array, a: Array, out: Array) -> tuple[bool, float]:
     return bool(worst < 0x7F80), np.float64(found.view(np.float32))
 
 
-@kernel
+@uncounted
 def _count_scores(a: Array, b: Array, factor: float, bins: Array, counts: Array) -> None:
     """Count the top 15 bits of the scores of a row: shape (n,) into the (2, 32768) of `counts`."""
     first, second = counts[0], counts[1]
@@ -92,37 +92,51 @@ def measure_and_count(
     """
     shared, filled, room = np.empty(STRIP), np.empty((2, STRIDE), np.float32), np.empty((len(donors), ROOM))
     a, b = np.empty(width, np.float32), np.empty((len(donors), width), np.float32)
-    energies, kinds, shifts = np.empty(len(donors)), np.empty(len(donors), np.int64), np.zeros(len(donors))
+    kinds, shifts = np.empty(len(donors), np.int64), np.zeros(len(donors))
     bins, turns = np.empty(STRIP, np.int32), np.zeros((len(donors), 2, counts.shape[1]), np.int32)
     zeros = np.zeros(len(donors), np.int64)
     for start in range(0, base.size, block):
-        stop, own = min(start + block, base.size), blocks[start // block]
-        energies[:] = 0.0
-        for at in range(start, stop, width):
-            reach = _decode(base[at : at + width], a)
-            if not reach < math.inf:
-                return False
-            for j in range(len(donors)):
-                finite, distance = _decode_donor(donors[j][at : at + width], a, b[j])
-                if not finite:
-                    return False
-                kinds[j] = kind_of(reach, distance)
-            row = (at - start) // width
-            measure_row(
-                a, b, kinds, reach, reverse, forward, own[:, row : row + 1], energies, shifts, shared, filled, room
-            )
-            if counts.shape[1] > 0:
-                for j in range(len(donors)):
-                    factor = factor_of(own[j, row], always)
-                    if factor == 0.0:
-                        # Zero times a difference that overflows is none.
-                        zeros[j] += width
-                    else:
-                        _count_scores(a, b[j], factor, bins, turns[j])
-        own[:, -1] = energies
+        span, own = (start, min(start + block, base.size)), blocks[start // block]
+        if not _measure_block(
+            base, donors, span, (reverse, forward), always, own, a, b, kinds, shifts, shared, filled, room, bins,
+            turns, zeros,
+        ):  # fmt: skip
+            return False
     for j in range(len(donors)):
         for i in range(counts.shape[1]):
             counts[j, i] += turns[j, 0, i] + turns[j, 1, i]
         if counts.shape[1] > 0:
             counts[j, 0] += zeros[j]
+    return True
+
+
+@uncounted
+def _measure_block(
+    base: Array, donors: tuple[Array, ...], span: tuple[int, int], directions: tuple[float, float], always: bool,
+    own: Array, a: Array, b: Array, kinds: Array, shifts: Array, shared: Array, filled: Array, room: Array,
+    bins: Array, turns: Array, zeros: Array,
+) -> bool:  # fmt: skip
+    """The same for the rows of one block, with working memory for a row; `energies` stand behind its divergences."""
+    width, (reverse, forward) = a.size, directions
+    energies = own[:, -1]
+    energies[:] = 0.0
+    for row in range((span[1] - span[0]) // width):
+        at = span[0] + row * width
+        reach = _decode(base[at : at + width], a)
+        if not reach < math.inf:
+            return False
+        for j in range(len(donors)):
+            finite, distance = _decode_donor(donors[j][at : at + width], a, b[j])
+            if not finite:
+                return False
+            kinds[j] = kind_of(reach, distance)
+        measure_row(a, b, kinds, reach, reverse, forward, own[:, row : row + 1], energies, shifts, shared, filled, room)
+        if turns.shape[2] > 0:
+            for j in range(len(donors)):
+                factor = factor_of(own[j, row], always)
+                if factor == 0.0:
+                    # Zero times a difference that overflows is none.
+                    zeros[j] += width
+                else:
+                    _count_scores(a, b[j], factor, bins, turns[j])
     return True
