@@ -1,7 +1,7 @@
 """Counting magnitudes of deltas from stored bfloat16: the sweeps behind exact thresholds, over whole units.
 
 As :mod:`mergepipe.tasks.fused`, which see, these loops need no tile. They go strip by strip through memory that stays
-in the first-level cache, and count as :mod:`mergepipe.tasks.select` does.
+in the first-level cache, and count as :mod:`mergepipe.tasks.select` does, and add as :mod:`mergepipe.tasks.kernels`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.jit import kernel, uncounted
+from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
 
 Rows = tuple[Array, ...]
@@ -28,7 +29,7 @@ ODD = 1 << 40
 any number of elements."""
 
 
-@kernel
+@uncounted
 def _decode(bits: Array, out: Array) -> Any:
     worst = np.int32(0)
     for i in range(bits.size):
@@ -38,7 +39,7 @@ def _decode(bits: Array, out: Array) -> Any:
     return worst
 
 
-@kernel
+@uncounted
 def _keys(bits: Array, base: Array, out: Array) -> Any:
     """Bits of the magnitudes of the deltas."""
     worst = np.int32(0)
@@ -51,30 +52,32 @@ def _keys(bits: Array, base: Array, out: Array) -> Any:
 
 
 @kernel
-def count_top(base: Array, rows: Rows, counts: Array) -> bool:
-    """Add the top 15 bits of the magnitudes of the deltas to `counts`.
+def count_top(base: Array, rows: Rows, edges: Array, sums: Array, counts: Array) -> bool:
+    """Add the top 15 bits of the magnitudes of the deltas to `counts`; on request take their norms.
 
     Parameters
     ----------
     base, rows : uint16 ndarray, shape (n,); one row per model
+    edges : int64 ndarray, shape (blocks + 1,)
+        Where each block begins, and the end of the last one.
+    sums : float64 ndarray, shape (blocks, models, 2)
+        Overwritten: the sum of magnitudes and the sum of squares, as :func:`mergepipe.tasks.kernels.norms` adds them.
+        Of no columns if they are not wanted.
     counts : int64 ndarray, shape (models, 32768)
 
     Returns
     -------
     bool
-        False if a stored value is not finite; `counts` are of no use then.
+        False if a stored value is not finite; `counts` and `sums` are of no use then.
     """
-    below = np.empty(STRIP, np.float32)
-    keys = np.empty(STRIP, np.int32)
+    below, keys = np.empty(STRIP, np.float32), np.empty(STRIP, np.int32)
+    moments = np.empty((len(rows), 2, LANES))
     worst = np.int32(0)
     # Neighbours often fall into the same bin, and would wait for each other's counter: so four take turns.
     lanes = np.zeros((len(rows), 4, TOP_BINS), np.int32)
-    for start in range(0, base.size, STRIP):
-        stop = min(start + STRIP, base.size)
-        worst = max(worst, _decode(base[start:stop], below))
-        for k in range(len(rows)):
-            worst = max(worst, _keys(rows[k][start:stop], below, keys))
-            _scatter(keys[: stop - start], lanes[k])
+    for block in range(edges.size - 1):
+        begin, end = edges[block], edges[block + 1]
+        worst = max(worst, _count_block(base, rows, begin, end, below, keys, sums[block], moments, lanes))
     for k in range(len(rows)):
         total = counts[k]
         for lane in lanes[k]:
@@ -83,7 +86,38 @@ def count_top(base: Array, rows: Rows, counts: Array) -> bool:
     return bool(worst < 0x7F80)
 
 
-@kernel
+@uncounted
+def _count_block(
+    base: Array, rows: Rows, begin: int, end: int, below: Array, keys: Array, sums: Array, moments: Array, lanes: Array
+) -> Any:
+    """The same for one block; the largest magnitude of the stored numbers, 16 bits of it."""
+    worst = np.int32(0)
+    moments[:] = 0.0
+    for start in range(begin, end, STRIP):
+        stop = min(start + STRIP, end)
+        worst = max(worst, _decode(base[start:stop], below))
+        for k in range(len(rows)):
+            worst = max(worst, _keys(rows[k][start:stop], below, keys))
+            _scatter(keys[: stop - start], lanes[k])
+            if sums.shape[1] > 0:
+                _add_norms(keys[: stop - start].view(np.float32), moments[k, 0], moments[k, 1])
+    for k in range(len(rows)):
+        for power in range(sums.shape[1]):
+            sums[k, power] = moments[k, power].sum()
+    return worst
+
+
+@uncounted
+def _add_norms(magnitudes: Array, ones: Array, twos: Array) -> None:
+    for start in range(0, magnitudes.size, LANES):
+        row = magnitudes[start : start + LANES]
+        for i in range(row.size):
+            magnitude = np.float64(row[i])
+            ones[i] += magnitude
+            twos[i] += magnitude * magnitude
+
+
+@uncounted
 def _scatter(keys: Array, lanes: Array) -> None:
     quarter = keys.size // 4
     first, second, third, fourth = lanes[0], lanes[1], lanes[2], lanes[3]
@@ -100,8 +134,11 @@ def _scatter(keys: Array, lanes: Array) -> None:
 @kernel
 def sample_top(base: Array, rows: Rows, counts: Array) -> bool:
     """As :func:`count_top`, of a piece of each strip only, which lies elsewhere in each: no column is left out."""
-    below = np.empty(PIECE, np.float32)
-    keys = np.empty(PIECE, np.int32)
+    return bool(_sample(base, rows, np.empty(PIECE, np.float32), np.empty(PIECE, np.int32), counts) < 0x7F80)
+
+
+@uncounted
+def _sample(base: Array, rows: Rows, below: Array, keys: Array, counts: Array) -> Any:
     worst = np.int32(0)
     for strip in range(base.size // STRIP):
         # Fibonacci hashing: neighbours get places far from each other, and no width of a row has a rhythm with it.
@@ -115,7 +152,7 @@ def sample_top(base: Array, rows: Rows, counts: Array) -> bool:
             own = counts[k]
             for i in range(stop - start):
                 own[np.uintp(keys[i] >> 16)] += 1
-    return bool(worst < 0x7F80)
+    return worst
 
 
 @kernel
@@ -142,29 +179,38 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     words, full = marks.view(np.int64), np.empty(STRIP // 8, np.int32)
     keys, found = np.empty(STRIP, np.int32), np.empty(STRIP, np.int32)
     worst = np.int32(0)
-    counters = counts.shape[2] & ~1
     # One model after the other: processors foresee what a few streams will need next, not what many will.
     for k in range(len(rows)):
-        if lows[k].max() < 0:
-            continue
-        row = rows[k]
-        for start in range(0, base.size, STRIP):
-            stop = min(start + STRIP, base.size)
-            worst = max(worst, _magnitudes(base[start:stop], row[start:stop], keys))
-            # Marks behind the end stay zero.
-            marks[stop - start :] = 0
-            for r in range(lows.shape[1]):
-                if lows[k, r] >= 0:
-                    low, width = np.int32(lows[k, r]), np.int32(counters << shifts[k, r])
-                    lower = _mark(keys[: stop - start], low, width, marks)
-                    if counts.shape[2] > counters:
-                        counts[k, r, counters] += lower
-                    size = _gather(marks, words, full, found)
-                    _count_found(keys, found[:size], low, shifts[k, r], counts[k, r])
+        if lows[k].max() >= 0:
+            worst = max(worst, _near(base, rows[k], lows[k], shifts[k], counts[k], marks, words, full, keys, found))
     return bool(worst < 0x7F800000)
 
 
-@kernel
+@uncounted
+def _near(
+    base: Array, row: Array, lows: Array, shifts: Array, counts: Array, marks: Array, words: Array, full: Array,
+    keys: Array, found: Array,
+) -> Any:  # fmt: skip
+    """The same for one model; the largest magnitude of a delta, by its bits."""
+    worst = np.int32(0)
+    counters = counts.shape[1] & ~1
+    for start in range(0, base.size, STRIP):
+        stop = min(start + STRIP, base.size)
+        worst = max(worst, _magnitudes(base[start:stop], row[start:stop], keys))
+        # Marks behind the end stay zero.
+        marks[stop - start :] = 0
+        for r in range(lows.size):
+            if lows[r] >= 0:
+                low, width = np.int32(lows[r]), np.int32(counters << shifts[r])
+                lower = _mark(keys[: stop - start], low, width, marks)
+                if counts.shape[1] > counters:
+                    counts[r, counters] += lower
+                size = _gather(marks, words, full, found)
+                _count_found(keys, found[:size], low, shifts[r], counts[r])
+    return worst
+
+
+@uncounted
 def _magnitudes(base: Array, row: Array, out: Array) -> Any:
     """Bits of the magnitudes of the deltas; the largest of them."""
     worst = np.int32(0)
@@ -177,7 +223,7 @@ def _magnitudes(base: Array, row: Array, out: Array) -> Any:
     return worst
 
 
-@kernel
+@uncounted
 def _mark(keys: Array, low: Any, width: Any, marks: Array) -> Any:
     """Mark the keys inside a window; how many lie below it."""
     below = np.int32(0)
@@ -190,7 +236,7 @@ def _mark(keys: Array, low: Any, width: Any, marks: Array) -> Any:
     return below
 
 
-@kernel
+@uncounted
 def _gather(marks: Array, words: Array, full: Array, found: Array) -> Any:
     """The places that are marked into `found`; how many there are.
 
@@ -210,7 +256,7 @@ def _gather(marks: Array, words: Array, full: Array, found: Array) -> Any:
     return size
 
 
-@kernel
+@uncounted
 def _count_found(keys: Array, found: Array, low: Any, shift: int, counts: Array) -> None:
     within = np.int32((1 << shift) - 1)
     for k in range(found.size):

@@ -14,13 +14,14 @@ are for the reductions that follow; the others are results.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mergepipe.tasks import fused_counts, kernels
+from mergepipe.tasks.blocks import Blocks, block_edges
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.method import Accumulator, Array, Job, State, StoredSweep, Tile
 
@@ -194,11 +195,16 @@ class Coarse:
             if accumulator.blocks is not None:
                 kernels.norms(tile.values[k], accumulator.blocks[tile.index, k])
 
-    def stored(self, job: Job, state: State) -> StoredSweep | None:
-        """Count from the stored bits, where no moments are wanted."""
-        if self.moments:
-            return None
-        return lambda rows, mine, _: fused_counts.count_top(rows[0], tuple(rows[1:]), mine.counted)
+    def stored(self, job: Job, state: State) -> StoredSweep:
+        """Count, and add, from the stored bits."""
+
+        def sweep(rows: Sequence[Array], mine: Accumulator, blocks: Blocks) -> bool:
+            edges = block_edges(job.shape, blocks)
+            count = blocks[1] - blocks[0]
+            sums = np.empty((count, job.models, 0)) if mine.blocks is None else mine.blocks[blocks[0] : blocks[1]]
+            return fused_counts.count_top(rows[0], tuple(rows[1:]), edges - edges[0], sums, mine.counted)
+
+        return sweep
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """``histogram``, ``moments`` and what `after` makes of them."""

@@ -30,7 +30,7 @@ def test_counting(size: int, models: int, seed: int) -> None:
     base, rows = drawn(size, models, seed)
     keys = deltas(base, rows)[1].view(np.int32) & 0x7FFFFFFF
     top = np.ones((models, select.TOP_BINS), np.int64)
-    assert fused_counts.count_top(base, rows, top)
+    assert fused_counts.count_top(base, rows, np.array([0, size]), np.empty((1, models, 0)), top)
     lows, shifts = np.full((models, 2), -1), np.zeros((models, 2), np.int64)
     for k in range(models):
         np.testing.assert_array_equal(top[k] - 1, np.bincount(keys[k] >> 16, minlength=select.TOP_BINS))
@@ -41,6 +41,21 @@ def test_counting(size: int, models: int, seed: int) -> None:
         wanted = keys[k][keys[k] >> 16 << 16 == lows[k, k % 2]] & 0xFFFF
         np.testing.assert_array_equal(fine[k, k % 2], np.bincount(wanted, minlength=select.FINE_BINS))
         assert not fine[k, 1 - k % 2].any()
+
+
+@given(SIZES, MODELS, st.integers(0, 1000), st.lists(st.integers(1, 6150), max_size=3, unique=True))
+def test_counting_with_norms(size: int, models: int, seed: int, inner: list[int]) -> None:
+    """Of each block to the same bits as of its deltas; whatever stood in their place before."""
+    base, rows = drawn(size, models, seed)
+    edges = np.array([0, *sorted(edge for edge in inner if edge < size), size])
+    sums, expected = np.full((len(edges) - 1, models, 2), np.nan), np.empty(2)
+    counts, alone = np.zeros((2, models, select.TOP_BINS), np.int64)
+    assert fused_counts.count_top(base, rows, edges, sums, counts)
+    for block, k in np.ndindex(sums.shape[:2]):
+        kernels.norms(deltas(base, rows)[1][k][edges[block] : edges[block + 1]], expected)
+        np.testing.assert_array_equal(sums[block, k], expected)
+    assert fused_counts.count_top(base, rows, np.array([0, size]), np.empty((1, models, 0)), alone)
+    np.testing.assert_array_equal(counts, alone)
 
 
 COUNTERS = st.sampled_from([64, guess.COUNTERS, select.FINE_BINS])
@@ -335,7 +350,8 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
         rows[0][place] = as_bits(-bad)  # the two cancel, or don't agree
     out = np.empty(3001, np.uint16)
     weights, zeros, ones = (0.0, 0.0), (0.0, 0.0), (1.0, 1.0)
-    assert not fused_counts.count_top(base, rows, np.zeros((2, select.TOP_BINS), np.int64))
+    top = np.zeros((2, select.TOP_BINS), np.int64)
+    assert not fused_counts.count_top(base, rows, np.array([0, 2500, 3001]), np.empty((2, 2, 2)), top)
     zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
     assert not fused_counts.count_near(base, rows, zero, zero, counts)
     assert not fused.agree(base, rows, None, weights, (0.1, 0.1), ones, None, True, 1.0, out)
