@@ -1,8 +1,6 @@
 """Exponentials of additions and multiplications alone, four side by side: none waits for itself, loops vectorise.
 
-Their bits are the same on every machine: no mathematical library, no fused multiplication and addition. They are
-inlined into the kernels of other files, of which numba's cache does not notice that something changed here: whoever
-changes this file touches those (:mod:`mergepipe.tasks.rows`, :mod:`mergepipe.tasks.points`) too.
+Their bits are the same on every machine: no mathematical library, no fused multiplication and addition.
 """
 
 from __future__ import annotations

@@ -10,10 +10,12 @@ is, and in a run the first reads are under way by then.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import threading
 from collections.abc import Callable
 from functools import cache, update_wrapper
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -46,8 +48,22 @@ class _Kernel:
     def _made(self) -> Any:
         with self._making:
             if self._dispatcher is None:
-                self._dispatcher = _numba().njit(nogil=True, error_model="numpy", **self._options)(self._function)
+                made = _numba().njit(nogil=True, error_model="numpy", **self._options)(self._function)
+                if "cache" in self._options:
+                    # numba asks whether the kernel's own file has changed, and knows nothing of what it is linked with.
+                    kept = made._cache._cache_file
+                    kept._source_stamp = kept._source_stamp, sources()
+                self._dispatcher = made
         return self._dispatcher
+
+
+@cache
+def sources() -> str:
+    """What stands for the text of all files of this package, from which kernels take each other and constants."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 @cache
@@ -95,7 +111,10 @@ def whole_vectors(features: str) -> str:
 
 
 def kernel(function: F) -> F:
-    """Compile a plain loop over arrays on first use; the type checker keeps seeing the function itself."""
+    """Compile a plain loop over arrays on first use; the type checker keeps seeing the function itself.
+
+    It counts who holds an array whatever calls it: numba would have it do as its first caller does.
+    """
     return cast(F, _Kernel(function, {"cache": True, "_nrt": True}))
 
 
@@ -104,7 +123,8 @@ def uncounted(function: F) -> F:
 
     numba counts who holds an array, with an atomic addition for each slice and each argument of a call; a loop over
     short rows or strips spends more on that than on a hundred elements. Whoever calls holds all the arrays meanwhile,
-    so here nobody counts, and numba refuses to compile what would have to: an array that is made.
+    so here nobody counts. An array that is made here, which numba mostly refuses to compile, or that a call returns
+    would never be freed.
     """
     return cast(F, _Kernel(function, {"cache": True, "_nrt": False}))
 

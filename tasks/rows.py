@@ -333,7 +333,6 @@ def _add_up(
     room : float64 ndarray, shape (donors, ROOM)
         The sums come behind the lanes.
     """
-    # A slice that is handed to another kernel is counted, atomically: rows are handed on whole.
     none = True
     for j in range(len(b)):
         if kinds[j] != LEFT:
@@ -389,7 +388,7 @@ def _finish_close(moments: Array, reverse: float, forward: float, out: Array) ->
     onward += rising
     found = reverse * backward + forward * onward
     out[0] = found if found > 0.0 else 0.0
-    if out.size > 1:
+    if out.size == STATISTICS:
         out[1], out[2] = math.log(total), math.log1p(z)
     return True
 
@@ -408,7 +407,7 @@ def _finish_sums(
         backward = sums[3] / sums[2] - moved
     found = reverse * backward + forward * (moved - sums[1] / sums[0])
     out[0] = found if found > 0.0 and found < math.inf else 0.0
-    if out.size > 1:
+    if out.size == STATISTICS:
         out[1], out[2] = level + math.log(sums[0]), moved + mean
 
 
@@ -498,7 +497,7 @@ def finish_row(extremes: Array, sums: Array, width: int, reverse: float, forward
     spread = extremes[4] - extremes[3]
     if not (spread > 0.0 and spread < math.inf):
         out[0] = 0.0
-        if out.size > 1:
+        if out.size == STATISTICS:
             out[2] = extremes[2] / width
 
 

@@ -43,7 +43,7 @@ def score_delta(a: Array, b: Array, width: int, rows: Array, always: bool, out: 
         Whole rows, or a piece of one.
     width : int
         Elements per row of `rows`.
-    rows : float64 ndarray, shape (rows, 1 to 3)
+    rows : float64 ndarray, shape (rows, 1 or 3)
         Their statistics.
     always : bool
         Whether elements of a row of divergence 0 score ``abs(D)`` rather than 0.
@@ -196,7 +196,7 @@ def sort_stored(
     base, donors : uint16 ndarray, shape (n,); the primary, and one row per donor
     width : int
         Elements of a row.
-    found : float64 ndarray, shape (donors, rows, 1 to 3)
+    found : float64 ndarray, shape (donors, rows, 1 or 3)
         The statistics of the rows.
     always : bool
         As of :func:`score_delta`.

@@ -116,7 +116,7 @@ def _measure_block(
     own: Array, a: Array, b: Array, kinds: Array, shifts: Array, shared: Array, filled: Array, room: Array,
     bins: Array, turns: Array, zeros: Array,
 ) -> bool:  # fmt: skip
-    """The same for the rows of one block, with working memory for a row; `energies` stand behind its divergences."""
+    """The same for the rows of one block, of which `own` takes the divergences, and behind them the sums of squares."""
     width, (reverse, forward) = a.size, directions
     energies = own[:, -1]
     energies[:] = 0.0

@@ -377,7 +377,12 @@ def test_what_does_not_fit_is_not_done() -> None:
 
 
 def test_deltas_that_overflow_are_for_the_general_way() -> None:
+    """Or add up to an infinity in both, where only norms are asked for."""
     large = np.full(3000, 0x7F7F, np.uint16)  # the largest finite bfloat16
+    top, sums = np.zeros((1, select.TOP_BINS), np.int64), np.empty((1, 1, 2))
+    assert fused_counts.count_top(large, (large ^ 0x8000,), np.array([0, 3000]), sums, top)
+    assert np.isinf(sums).all()
+    assert top[0, 0x7F80] == 3000
     counts = np.zeros((1, 1, guess.COUNTERS + 1), np.int64)
     low, shift = np.full((1, 1), 1000), np.zeros((1, 1), np.int64)
     assert fused_counts.count_near(large, (large,), low, shift, counts)

@@ -138,6 +138,8 @@ def compare(method: MergeMethod, job: Job, base: U16, rows: tuple[U16, ...], uni
             for unit in units:
                 assert sweep([stream[span(job, unit)] for stream in (base, *rows)], found, unit)
             np.testing.assert_array_equal(found.blocks, total.blocks)
+            if counts is not None:
+                np.testing.assert_array_equal(found.counted, total.counted)
             by_bits += 1
         state |= reduction.combine(job, state, total)
     stored = method.stored(job, state)
