@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergepipe.tasks import kernels, rows
+from mergepipe.tasks import kernels, row_sums, rows
 from mergepipe.tasks.fusion import Settings, Stage
 from mergepipe.tasks.fusion_sweeps import row_sweeps
 from mergepipe.tasks.jit import kernel
@@ -55,7 +55,7 @@ def entropy_terms(a: Array, b: Array, width: int, found: Array, out: Array) -> N
             level = np.float64(x[i]) - normaliser
             r = np.float64(y[i] - x[i]) - moved
             p = math.exp(level)
-            grown = p * math.expm1(r) if abs(r) <= rows.NEAR_DELTA else math.exp(level + r) - p
+            grown = p * math.expm1(r) if abs(r) <= row_sums.NEAR_DELTA else math.exp(level + r) - p
             total += grown * level
     out[0], out[1] = total, squares
 

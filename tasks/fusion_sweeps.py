@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergepipe.tasks import fusion_torch, kernels, rows, scores, stored_rows
+from mergepipe.tasks import fusion_torch, kernels, row_sums, rows, scores, stored_rows
 from mergepipe.tasks.blocks import Blocks, block_elements
 from mergepipe.tasks.fusion import (
     Settings,
@@ -239,7 +239,7 @@ class Sums:
 
     def shapes(self, job: Job) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """Six numbers per block and donor."""
-        return None, (len(self.stage.donors), rows.SUMS)
+        return None, (len(self.stage.donors), row_sums.SUMS)
 
     def leaves(self, job: Job) -> int:
         """What is known of each row."""

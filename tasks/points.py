@@ -12,7 +12,7 @@ import numpy as np
 from mergepipe.tasks.exponentials import LIMIT, grow
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.method import Array
-from mergepipe.tasks.rows import LARGEST
+from mergepipe.tasks.row_sums import LARGEST
 
 
 @kernel

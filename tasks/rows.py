@@ -32,58 +32,40 @@ block is one piece; a wider one, which is always measured in two steps, is cut a
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from mergepipe.tasks.blocks import BLOCK_ELEMENTS
-from mergepipe.tasks.exponentials import LIMIT, ROOT, exp, four, less, plus, small_expm1, times, total
-from mergepipe.tasks.jit import inlined_late, kernel, uncounted
+from mergepipe.tasks.jit import kernel, uncounted
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array, Job
+from mergepipe.tasks.row_sums import (
+    CLOSE,
+    CLOSE_DELTA,
+    DISTANT,
+    FAR,
+    HEAVIEST,
+    LARGEST,
+    LEFT,
+    MOMENTS,
+    NEAR,
+    NEAR_DELTA,
+    ROOM,
+    STRIDE,
+    STRIP,
+    SUMS,
+    add_differences,
+    add_up,
+)
 
 EXTREMES = 7
 """Of a piece: largest A, largest B, sum of D, smallest D, largest D, largest magnitude of A, sum of squares of D."""
 
-SUMS = 6
-"""Of a piece, with weights w and E: sums of w, w * E, w * expm1(E), w * expm1(E) * E, E and E**2.
-
-Of a far one exp(E) stands for expm1(E). Of a distant one the sums are of w, w * D, f, f * D, D and D**2, with
-``f = exp(A + D - largest B)``.
-"""
-
-MOMENTS = 9
-"""Of a close row: sums of w * D**k for k from 0 to 7, and of D**2."""
-
 STATISTICS = 3
 """Of a row: its divergence, log(sum(exp(A))), and what log(q / p) is short of D."""
 
-ROOM = MOMENTS * LANES + MOMENTS
-"""float64 numbers of working memory that the rows of a donor are measured with: lanes, and what they add up to."""
-
-CLOSE, NEAR, FAR, DISTANT = range(4)
-
-LEFT = -1
-"""In the place of a kind: not measured with the others."""
-
-CLOSE_DELTA, NEAR_DELTA, LARGEST = 1 / 32, 1.0, 256.0
-"""Largest magnitudes of D in close, near and far rows, or of E where extremes are known."""
-
-HEAVIEST = 64.0
-"""Largest magnitude of A up to which weights are powers of a polynomial's: within 2e-12 there, within 2e-14 up to 1."""
-
-STRIDE = 4 * LANES
-"""Elements that are added up at once. What is left of a row is filled up to a multiple of :data:`LANES` with zeros
-of no weight, and the lanes are a quarter as many."""
-
-STRIP = 4 * STRIDE
-"""Elements whose weights, which all donors share, are kept at a time: few enough for a first-level cache."""
-
 SHIFTED = 0.75
 """Share of the mean square of D that its squared mean may be where c is 0: it is what cancels."""
-
-FIRST: Any = np.int64(0)
-"""The first element, of the type of any other: for a 0 that is written out, numba compiles a loop once more."""
 
 CLOSE_TERMS = 9
 """Terms of the series in z of a close row, whose z is below 0.032."""
@@ -115,252 +97,6 @@ def kind_of(reach: float, distance: float) -> int:
     if not (reach <= HEAVIEST and distance <= LARGEST):
         return DISTANT
     return CLOSE if distance <= CLOSE_DELTA else NEAR if distance <= NEAR_DELTA else FAR
-
-
-@inlined_late
-def _at(x: Any, i: Any, quarter: int) -> Any:
-    """Elements, a quarter of a stride apart, in float64. What has no sign can't count from the end: no test is made."""
-    j, k, m, n = np.uintp(i), np.uintp(i + quarter), np.uintp(i + 2 * quarter), np.uintp(i + 3 * quarter)
-    return np.float64(x[j]), np.float64(x[k]), np.float64(x[m]), np.float64(x[n])
-
-
-@inlined_late
-def _apart(x: Any, y: Any, i: Any, quarter: int) -> Any:
-    """Their differences, taken in the working type."""
-    j, k, m, n = np.uintp(i), np.uintp(i + quarter), np.uintp(i + 2 * quarter), np.uintp(i + 3 * quarter)
-    return np.float64(y[j] - x[j]), np.float64(y[k] - x[k]), np.float64(y[m] - x[m]), np.float64(y[n] - x[n])
-
-
-@uncounted
-def _weigh(a: Array, begin: int, end: int, reach: float, level: float, shared: Array) -> None:
-    """Weights of the elements from `begin` to `end`.
-
-    They are ``exp(a)`` where no magnitude of the row is beyond 64, else ``exp(a - level)``.
-    """
-    if reach > HEAVIEST:
-        for i in range(end - begin):
-            place = max(np.float64(a[np.uintp(begin + i)]) - level, -LIMIT)
-            shared[np.uintp(i)] = exp((place, place, place, place))[0]
-        return
-    scale, rounds = 1.0, 0
-    while reach * scale > 1.0:
-        scale, rounds = scale * 0.25, rounds + 1
-    # Powers of two: these are the bits that the polynomial has for scaled elements.
-    square = scale * scale
-    first, second, third = ROOT[1] * scale, ROOT[2] * square, ROOT[3] * (square * scale)
-    fourth, fifth, sixth = (
-        ROOT[4] * (square * square), ROOT[5] * (square * square * scale), ROOT[6] * (square * square * square),
-    )  # fmt: skip
-    for i in range(end - begin):
-        place = np.float64(a[np.uintp(begin + i)])
-        root = fifth + sixth * place
-        root = fourth + root * place
-        root = third + root * place
-        root = second + root * place
-        root = first + root * place
-        root = ROOT[0] + root * place
-        root *= root
-        root *= root
-        root *= root
-        shared[np.uintp(i)] = root * root
-    for _ in range(rounds):
-        for i in range(end - begin):
-            raised = shared[np.uintp(i)] * shared[np.uintp(i)]
-            shared[np.uintp(i)] = raised * raised
-
-
-@inlined_late
-def _add_moments(a: Array, b: Array, begin: int, end: int, quarter: int, shared: Array, lanes: Array) -> None:
-    """Add the :data:`MOMENTS` of a donor's elements from `begin` to `end`, whole strides, to its lanes."""
-    for start in range(begin, end, 4 * quarter):
-        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
-        own = shared[start - begin : start - begin + 4 * quarter]
-        for i in range(quarter):
-            weight, d = _at(own, i, quarter), _apart(x, y, i, quarter)
-            square = times(d, d)
-            fourth = times(square, square)
-            first, second = times(weight, d), times(weight, square)
-            third = times(first, square)
-            lanes[np.uintp(i)] += total(weight)
-            lanes[np.uintp(i + LANES)] += total(first)
-            lanes[np.uintp(i + 2 * LANES)] += total(second)
-            lanes[np.uintp(i + 3 * LANES)] += total(third)
-            lanes[np.uintp(i + 4 * LANES)] += total(times(weight, fourth))
-            lanes[np.uintp(i + 5 * LANES)] += total(times(first, fourth))
-            lanes[np.uintp(i + 6 * LANES)] += total(times(second, fourth))
-            lanes[np.uintp(i + 7 * LANES)] += total(times(third, fourth))
-            lanes[np.uintp(i + 8 * LANES)] += total(square)
-
-
-@inlined_late
-def _put(lanes: Any, i: Any, weight: Any, e: Any, moved: Any) -> None:
-    """Add :data:`SUMS` of four elements to lane `i` of each; `moved` is the third."""
-    lanes[np.uintp(i)] += total(weight)
-    lanes[np.uintp(i + LANES)] += total(times(weight, e))
-    lanes[np.uintp(i + 2 * LANES)] += total(moved)
-    lanes[np.uintp(i + 3 * LANES)] += total(times(moved, e))
-    lanes[np.uintp(i + 4 * LANES)] += total(e)
-    lanes[np.uintp(i + 5 * LANES)] += total(times(e, e))
-
-
-@inlined_late
-def _add_near(a: Array, b: Array, begin: int, end: int, quarter: int, mean: float, shared: Array, lanes: Array) -> None:
-    """Add the :data:`SUMS` of a near row, with E less than 1, likewise."""
-    means = four(mean)
-    for start in range(begin, end, 4 * quarter):
-        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
-        own = shared[start - begin : start - begin + 4 * quarter]
-        for i in range(quarter):
-            weight, e = _at(own, i, quarter), less(_apart(x, y, i, quarter), means)
-            _put(lanes, i, weight, e, times(weight, small_expm1(e)))
-
-
-@inlined_late
-def _add_far(a: Array, b: Array, begin: int, end: int, quarter: int, mean: float, shared: Array, lanes: Array) -> None:
-    """Add those of a far row."""
-    means = four(mean)
-    for start in range(begin, end, 4 * quarter):
-        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
-        own = shared[start - begin : start - begin + 4 * quarter]
-        for i in range(quarter):
-            weight, e = _at(own, i, quarter), less(_apart(x, y, i, quarter), means)
-            _put(lanes, i, weight, e, times(weight, exp(e)))
-
-
-@uncounted
-def _add_distant(
-    a: Array, b: Array, begin: int, end: int, quarter: int, top: float, shared: Array, lanes: Array
-) -> None:
-    """Add those of a distant row, whose largest B is `top`."""
-    for start in range(begin, end, 4 * quarter):
-        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
-        own = shared[start - begin : start - begin + 4 * quarter]
-        for i in range(quarter):
-            weight, d = _at(own, i, quarter), _apart(x, y, i, quarter)
-            other = less(plus(_at(x, i, quarter), d), four(top))
-            other = exp((max(other[0], -LIMIT), max(other[1], -LIMIT), max(other[2], -LIMIT), max(other[3], -LIMIT)))
-            # Only what a row was filled up with has no weight at all.
-            other = (
-                other[0] if weight[0] > 0.0 else 0.0, other[1] if weight[1] > 0.0 else 0.0,
-                other[2] if weight[2] > 0.0 else 0.0, other[3] if weight[3] > 0.0 else 0.0,
-            )  # fmt: skip
-            _put(lanes, i, weight, d, other)
-
-
-@uncounted
-def _add_strides(
-    a: Array, b: Array, begin: int, end: int, kind: int, shift: float, shared: Array, room: Array, donor: int
-) -> None:
-    # A quarter that is known as this is compiled: else it is asked of each stride what may overlap.
-    y, lanes = b[donor], room[donor]
-    if kind == CLOSE:
-        _add_moments(a, y, begin, end, LANES, shared, lanes)
-    elif kind == NEAR:
-        _add_near(a, y, begin, end, LANES, shift, shared, lanes)
-    elif kind == FAR:
-        _add_far(a, y, begin, end, LANES, shift, shared, lanes)
-    else:
-        _add_distant(a, y, begin, end, LANES, shift, shared, lanes)
-
-
-@uncounted
-def _add_rest(filled: Array, end: int, kind: int, shift: float, shared: Array, room: Array, donor: int) -> None:
-    # And one that is not known: a loop over so few lanes would be written out, and badly.
-    a, b, lanes, quarter = filled[0], filled[1], room[donor], filled.shape[1] // 16
-    if kind == CLOSE:
-        _add_moments(a, b, FIRST, end, quarter, shared, lanes)
-    elif kind == NEAR:
-        _add_near(a, b, FIRST, end, quarter, shift, shared, lanes)
-    elif kind == FAR:
-        _add_far(a, b, FIRST, end, quarter, shift, shared, lanes)
-    else:
-        _add_distant(a, b, FIRST, end, quarter, shift, shared, lanes)
-
-
-@uncounted
-def _halve(lanes: Array, count: int, eighth: int, at: int) -> None:
-    """Sums of lanes, half on half: of the first so many times 64, which change, to where `at` is.
-
-    `eighth` is an eighth of 64 that is not known as this is compiled: else the loop is written out, and badly.
-    """
-    for s in range(count):
-        t = lanes[s * LANES : (s + 1) * LANES]
-        for i in range(eighth):
-            # Three halvings written out: a loop over them does not vectorise.
-            a, b, c, d = np.uintp(i), np.uintp(i + 8), np.uintp(i + 16), np.uintp(i + 24)
-            e, f, g, h = np.uintp(i + 32), np.uintp(i + 40), np.uintp(i + 48), np.uintp(i + 56)
-            even, odd = (t[a] + t[e]) + (t[c] + t[g]), (t[b] + t[f]) + (t[d] + t[h])
-            t[a] = even + odd
-        lanes[at + s] = ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))
-
-
-@uncounted
-def _fill(values: Array, first: int, end: int, out: Array) -> None:
-    """The values from `first` on, and zeros behind them up to `end`."""
-    # An assignment to a slice would first ask whether the two overlap, and takes six times as long.
-    rest = values.size - first
-    for i in range(rest):
-        out[i] = values[np.uintp(first + i)]
-    for i in range(rest, end):
-        out[np.uintp(i)] = 0.0
-
-
-@uncounted
-def _add_up(
-    a: Array,
-    b: Array,
-    kinds: Array,
-    reach: float,
-    level: float,
-    shifts: Array,
-    shared: Array,
-    filled: Array,
-    room: Array,
-) -> None:
-    """:data:`MOMENTS` or :data:`SUMS` of a row, or a piece of one, of those donors that have a kind.
-
-    Parameters
-    ----------
-    a, b : ndarray, shape (n,) and (donors, n)
-    kinds : int64 ndarray, shape (donors,)
-        :data:`LEFT` for one that is left out.
-    reach, level : float
-        As of :func:`_weigh`.
-    shifts : float64 ndarray, shape (donors,)
-        The mean of D or what stands for it, of a distant row the largest B.
-    shared, filled : float64 ndarray, shape (STRIP,); ndarray of the working type, shape (2, STRIDE)
-        Working memory.
-    room : float64 ndarray, shape (donors, ROOM)
-        The sums come behind the lanes.
-    """
-    none = True
-    for j in range(len(b)):
-        if kinds[j] != LEFT:
-            room[j, : MOMENTS * LANES] = 0.0
-            none = False
-    if none:
-        return
-    whole = a.size // STRIDE * STRIDE
-    for start in range(0, whole, STRIP):
-        stop = min(start + STRIP, whole)
-        _weigh(a, start, stop, reach, level, shared)
-        for j in range(len(b)):
-            if kinds[j] != LEFT:
-                _add_strides(a, b, start, stop, kinds[j], shifts[j], shared, room, j)
-    rest = a.size - whole
-    if rest:
-        stop = -(-rest // LANES) * LANES
-        _fill(a, whole, stop, filled[0])
-        _weigh(filled[0], FIRST, stop, reach, level, shared)
-        for i in range(rest, stop):
-            shared[np.uintp(i)] = 0.0
-        for j in range(len(b)):
-            if kinds[j] != LEFT:
-                _fill(b[j], whole, stop, filled[1])
-                _add_rest(filled, stop, kinds[j], shifts[j], shared, room, j)
-    for j in range(len(b)):
-        if kinds[j] != LEFT:
-            _halve(room[j], MOMENTS if kinds[j] == CLOSE else SUMS, filled.shape[1] // 32, MOMENTS * LANES)
 
 
 @uncounted
@@ -423,17 +159,6 @@ def finish_once(moments: Array, kind: int, width: int, reverse: float, forward: 
     return True
 
 
-@uncounted
-def _add_differences(a: Array, b: Array, begin: int, end: int, quarter: int, lanes: Array) -> None:
-    """Add D and its squares, as :data:`SUMS` have them."""
-    for start in range(begin, end, 4 * quarter):
-        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
-        for i in range(quarter):
-            d = _apart(x, y, i, quarter)
-            lanes[np.uintp(i)] += total(d)
-            lanes[np.uintp(i + LANES)] += total(times(d, d))
-
-
 @kernel
 def measure_extremes(a: Array, b: Array, out: Array) -> None:
     """:data:`EXTREMES` of a piece: `a` and `b` of shape (n,)."""
@@ -450,15 +175,7 @@ def measure_extremes(a: Array, b: Array, out: Array) -> None:
             reach[i] = max(reach[i], abs(x[i]))
     out[0], out[1], out[3], out[4], out[5] = top_a.max(), top_b.max(), low.min(), high.max(), reach.max()
     lanes, filled = np.zeros(2 * LANES + 2), np.empty((2, STRIDE), a.dtype)
-    whole = a.size // STRIDE * STRIDE
-    _add_differences(a, b, FIRST, whole, LANES, lanes)
-    rest = a.size - whole
-    if rest:
-        stop = -(-rest // LANES) * LANES
-        _fill(a, whole, stop, filled[0])
-        _fill(b, whole, stop, filled[1])
-        _add_differences(filled[0], filled[1], FIRST, stop, LANES // 4, lanes)
-    _halve(lanes, 2, filled.shape[1] // 32, 2 * LANES)
+    add_differences(a, b, filled, lanes)
     out[2], out[6] = lanes[2 * LANES], lanes[2 * LANES + 1]
 
 
@@ -478,7 +195,7 @@ def measure_sums(a: Array, b: Array, extremes: Array, width: int, out: Array) ->
     kind, level, shift = _measured_as(extremes, width)
     kinds, shifts, room = np.full(1, kind), np.full(1, shift), np.empty((1, ROOM))
     shared, filled = np.empty(STRIP), np.empty((2, STRIDE), a.dtype)
-    _add_up(a, b.reshape(1, b.size), kinds, extremes[5], level, shifts, shared, filled, room)
+    add_up(a, b.reshape(1, b.size), kinds, extremes[5], level, shifts, shared, filled, room)
     for s in range(SUMS):
         out[s] = room[0, MOMENTS * LANES + s]
 
@@ -568,12 +285,12 @@ def measure_row(
     shifts : float64 ndarray, shape (donors,)
         Zeros.
     shared, filled, room : ndarray
-        Working memory; see :func:`_add_up`.
+        Working memory; see :func:`~mergepipe.tasks.row_sums.add_up`.
     """
     for j in range(len(b)):
         if kinds[j] == DISTANT:
             kinds[j] = LEFT
-    _add_up(a, b, kinds, reach, 0.0, shifts, shared, filled, room)
+    add_up(a, b, kinds, reach, 0.0, shifts, shared, filled, room)
     for j in range(len(b)):
         moments = room[j, MOMENTS * LANES :]
         if kinds[j] != LEFT and finish_once(moments, kinds[j], a.size, reverse, forward, out[j]):

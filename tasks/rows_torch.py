@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergepipe.tasks import exponentials, rows
+from mergepipe.tasks import exponentials, row_sums, rows
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
 
@@ -103,9 +103,9 @@ def measure_rows(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: floa
     found, squares = np.empty((len(a), rows.STATISTICS)), np.empty(len(a))
     reach, distance = (values.abs().amax(1).to(torch.float32).cpu().numpy().astype(float) for values in (a, b - a))
     kinds = _kinds(distance)
-    kinds[~(reach <= rows.HEAVIEST)] = rows.DISTANT
-    left = kinds == rows.DISTANT
-    for kind in (rows.CLOSE, rows.NEAR, rows.FAR):
+    kinds[~(reach <= row_sums.HEAVIEST)] = row_sums.DISTANT
+    left = kinds == row_sums.DISTANT
+    for kind in (row_sums.CLOSE, row_sums.NEAR, row_sums.FAR):
         at = np.flatnonzero(kinds == kind)
         if at.size:
             sums = _sums(kind, _chosen(a, at), _chosen(b, at), reach[at], np.zeros(at.size), np.zeros(at.size))
@@ -127,11 +127,11 @@ def _chosen(values: torch.Tensor, at: Array) -> torch.Tensor:
 
 def _kinds(distance: Array) -> Array:
     """What rows are measured as, by their largest difference; what is not a number is distant."""
-    return np.searchsorted((rows.CLOSE_DELTA, rows.NEAR_DELTA, rows.LARGEST), distance)
+    return np.searchsorted((row_sums.CLOSE_DELTA, row_sums.NEAR_DELTA, row_sums.LARGEST), distance)
 
 
 def _sums(kind: int, a: torch.Tensor, b: torch.Tensor, reach: Array, level: Array, shift: Array) -> Array:
-    """:data:`mergepipe.tasks.rows.MOMENTS` or :data:`mergepipe.tasks.rows.SUMS` of rows of a kind."""
+    """:data:`mergepipe.tasks.row_sums.MOMENTS` or :data:`mergepipe.tasks.row_sums.SUMS` of rows of a kind."""
     import torch
 
     width = a.shape[1]
@@ -139,7 +139,7 @@ def _sums(kind: int, a: torch.Tensor, b: torch.Tensor, reach: Array, level: Arra
     x, d = a.to(torch.float64), (b - a).to(torch.float64)
     weight = _weights(x, reach, level)
     weight[:, width:] = 0.0
-    if kind == rows.CLOSE:
+    if kind == row_sums.CLOSE:
         square = d * d
         fourth = square * square
         first, second = weight * d, weight * square
@@ -147,12 +147,12 @@ def _sums(kind: int, a: torch.Tensor, b: torch.Tensor, reach: Array, level: Arra
         terms = (weight, first, second, third)
         return _stacked([*terms, *(term * fourth for term in terms), square], width)
     off = torch.from_numpy(shift).to(x.device)[:, None]
-    if kind == rows.DISTANT:
+    if kind == row_sums.DISTANT:
         other = exp((x + d - off).clamp_(min=-exponentials.LIMIT))
         other[:, width:] = 0.0
     else:
         d -= off
-        other = (small_expm1 if kind == rows.NEAR else exp)(d)
+        other = (small_expm1 if kind == row_sums.NEAR else exp)(d)
         other *= weight
     return _stacked([weight, weight * d, other, other * d, d, d * d], width)
 
@@ -177,7 +177,7 @@ def _weights(x: torch.Tensor, reach: Array, level: Array) -> torch.Tensor:
         which = torch.from_numpy(rounds > number).to(x.device)
         square = weight[which] * weight[which]
         weight[which] = square * square
-    beyond = ~(reach <= rows.HEAVIEST)
+    beyond = ~(reach <= row_sums.HEAVIEST)
     if beyond.any():
         which = torch.from_numpy(beyond).to(x.device)
         off = torch.from_numpy(level[beyond]).to(x.device)[:, None]
@@ -199,7 +199,7 @@ def stride_sums(terms: torch.Tensor, width: int) -> torch.Tensor:
     """
     import torch
 
-    whole = width // rows.STRIDE * rows.STRIDE
+    whole = width // row_sums.STRIDE * row_sums.STRIDE
     # A sum that begins with a positive zero is never a negative one.
     lanes = torch.zeros(len(terms), LANES, dtype=terms.dtype, device=terms.device)
     for piece, quarter in ((terms[:, :whole], LANES), (terms[:, whole:], LANES // 4)):
@@ -228,12 +228,12 @@ def _measure_twice(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: fl
     with np.errstate(invalid="ignore"):
         mean = extremes[:, 2] / width
         kinds = _kinds(np.maximum(extremes[:, 4] - mean, mean - extremes[:, 3]))
-    kinds = np.maximum(kinds, rows.NEAR)
-    level = np.where(extremes[:, 5] > rows.HEAVIEST, extremes[:, 0], 0.0)
-    sums = np.empty((len(a), rows.SUMS))
+    kinds = np.maximum(kinds, row_sums.NEAR)
+    level = np.where(extremes[:, 5] > row_sums.HEAVIEST, extremes[:, 0], 0.0)
+    sums = np.empty((len(a), row_sums.SUMS))
     for kind in np.unique(kinds).tolist():
         at = np.flatnonzero(kinds == kind)
-        shift = extremes[:, 1] if kind == rows.DISTANT else mean
+        shift = extremes[:, 1] if kind == row_sums.DISTANT else mean
         sums[at] = _sums(kind, _chosen(a, at), _chosen(b, at), extremes[at, 5], level[at], shift[at])
     found = np.empty((len(a), rows.STATISTICS))
     rows.finish_rows(extremes, sums[:, None], width, reverse, forward, found)
@@ -258,7 +258,7 @@ def score_points(
 
     difference = b - a
     largest = torch.maximum(a.abs(), difference.abs()).amax(1).to(torch.float32)
-    within = largest <= rows.LARGEST
+    within = largest <= row_sums.LARGEST
     scores = torch.empty_like(a)
     for which, measure in ((within, _points), (~within, _huge_points)):
         if bool(which.any()):

@@ -12,7 +12,8 @@ import numpy as np
 
 from mergepipe.tasks.jit import kernel, uncounted
 from mergepipe.tasks.method import Array
-from mergepipe.tasks.rows import ROOM, STRIDE, STRIP, kind_of, measure_row
+from mergepipe.tasks.row_sums import ROOM, STRIDE, STRIP
+from mergepipe.tasks.rows import kind_of, measure_row
 from mergepipe.tasks.scores import factor_of
 
 
