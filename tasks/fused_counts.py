@@ -1,7 +1,7 @@
 """Counting magnitudes of deltas from stored bfloat16: the sweeps behind exact thresholds, over whole units.
 
 As :mod:`mergepipe.tasks.fused`, which see, these loops need no tile. They go strip by strip through memory that stays
-in the first-level cache, and count as :mod:`mergepipe.tasks.select` does, and add as :mod:`mergepipe.tasks.kernels`.
+in the first-level cache, count as :mod:`mergepipe.tasks.select` does, and add as :mod:`mergepipe.tasks.kernels` does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mergepipe.tasks.jit import kernel, uncounted
-from mergepipe.tasks.kernels import LANES
+from mergepipe.tasks.kernels import LANES, add_norms
 from mergepipe.tasks.method import Array
 
 Rows = tuple[Array, ...]
@@ -100,21 +100,11 @@ def _count_block(
             worst = max(worst, _keys(rows[k][start:stop], below, keys))
             _scatter(keys[: stop - start], lanes[k])
             if sums.shape[1] > 0:
-                _add_norms(keys[: stop - start].view(np.float32), moments[k, 0], moments[k, 1])
+                add_norms(keys[: stop - start].view(np.float32), moments[k])
     for k in range(len(rows)):
         for power in range(sums.shape[1]):
             sums[k, power] = moments[k, power].sum()
     return worst
-
-
-@uncounted
-def _add_norms(magnitudes: Array, ones: Array, twos: Array) -> None:
-    for start in range(0, magnitudes.size, LANES):
-        row = magnitudes[start : start + LANES]
-        for i in range(row.size):
-            magnitude = np.float64(row[i])
-            ones[i] += magnitude
-            twos[i] += magnitude * magnitude
 
 
 @uncounted

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from mergepipe.tasks.jit import kernel
+from mergepipe.tasks.jit import kernel, uncounted
 from mergepipe.tasks.method import Array
 
 Rows = tuple[Array, ...]
@@ -256,6 +256,14 @@ def blend(left: Array, right: Array, a: float, b: float, out: Array) -> None:
 def norms(values: Array, out: Array) -> None:
     """Sum of magnitudes and sum of squares of `values`, shape (n,), in float64 into `out`, shape (2,)."""
     lanes = np.zeros((2, LANES))
+    add_norms(values, lanes)
+    out[0] = lanes[0].sum()
+    out[1] = lanes[1].sum()
+
+
+@uncounted
+def add_norms(values: Array, lanes: Array) -> None:
+    """Add magnitudes and squares of `values`, shape (n,), to the two `lanes`, float64, shape (2, 64)."""
     ones, twos = lanes[0], lanes[1]
     for start in range(0, values.size, LANES):
         row = values[start : start + LANES]
@@ -263,8 +271,6 @@ def norms(values: Array, out: Array) -> None:
             magnitude = abs(np.float64(row[i]))
             ones[i] += magnitude
             twos[i] += magnitude * magnitude
-    out[0] = ones.sum()
-    out[1] = twos.sum()
 
 
 @kernel

@@ -239,7 +239,7 @@ def measure_rows(a: Array, b: Array, width: int, reverse: float, forward: float,
     reverse, forward : float
         Weights of the two directions.
     out : float64 ndarray, shape (rows, 1 or 3)
-        The first columns are written.
+        The divergences alone, or all three; contiguous.
 
     Returns
     -------
