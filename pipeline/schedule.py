@@ -36,6 +36,7 @@ from mergepipe.storage.direct import IO_THREADS, SLACK_BYTES
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.tasks.blocks import block_elements
 from mergepipe.tasks.method import Reduction, expected_reads
+from mergepipe.tasks.nodes import SAMPLED_AHEAD
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.subspace.panels import UNIT_ELEMENTS, blocks_of, panel_floats, spans
 
@@ -51,6 +52,10 @@ SETS_KEPT = 3
 TURNED = 2
 """How many times as much as streams at once a pool has use for where passes turn more than once: with one turn, less
 reading does not pay for the first touch of more memory."""
+
+MANY_TURNS = 8
+"""Turns of all tensors together from which on it has use for all the room there is: each saves one read of what stays,
+which takes about a fifth of the time of its first touch."""
 
 COPIED_ELEMENTS = 4096
 """Units of copied tensors are multiples of this."""
@@ -251,7 +256,7 @@ def _whole(tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, shape: MatrixSha
         steps=matrix.steps(job),
         held=held,
         rounds=tuple(sweep.name for sweep in ahead.get(tensor.name, ())),
-        sweep_reads=expected_reads(sweeps),
+        sweep_reads=expected_reads(sweeps, job),
     )
 
 
@@ -297,7 +302,8 @@ def pool_bytes(scheduled: Sequence[ScheduledTensor]) -> int:
     """
     room = min((item.pool for item in scheduled), default=0)
     inputs = sum(_resident_bytes(item) for item in scheduled)
-    use = max((_useful_bytes(item, room) for item in scheduled), default=0)
+    turns = sum(_turns(item) for item in scheduled if not is_resident(item, room))
+    use = room if turns >= MANY_TURNS else max((_useful_bytes(item, room) for item in scheduled), default=0)
     return max(0, min(room, inputs, max(use, SETS_KEPT * MAX_BUNDLE_BYTES)))
 
 
@@ -305,12 +311,14 @@ def _useful_bytes(item: ScheduledTensor, room: int) -> int:
     """What a pool of at most `room` bytes has use for; a solver's panels are read again and again."""
     if item.held:
         return room
-    one = _resident_bytes(item)
-    if RESIDENT_SHARE * one <= room:
-        return SETS_KEPT * one
-    # Where one pass turns into the next, and the last into the output, what is still there need not be read again.
-    turns = int(item.sweep_reads)
-    return item.streamed * (TURNED if turns > 1 else 1)
+    if is_resident(item, room):
+        return SETS_KEPT * _resident_bytes(item)
+    return item.streamed * (TURNED if _turns(item) > 1 else 1)
+
+
+def _turns(item: ScheduledTensor) -> int:
+    """How often one pass turns into the next, or the last into the output: what is still there is not read again."""
+    return int(item.sweep_reads)
 
 
 def is_resident(item: ScheduledTensor, pool: int) -> bool:
@@ -319,9 +327,23 @@ def is_resident(item: ScheduledTensor, pool: int) -> bool:
 
 
 def disk_bytes_read(item: ScheduledTensor, pool: int) -> int:
-    """Bytes that a direct reader reads for a tensor: once for each round, and once for all else if they are kept."""
+    """Bytes that a direct reader reads for a tensor, if it is not disturbed.
+
+    Once for each round, and once for all else if that is kept; if not, once for each pass, less what the pool still
+    holds where one pass turns into the next.
+    """
     once = item.tensor.input_bytes() * (len(item.rounds) + 1)
-    return once if is_resident(item, pool) else item.bytes_read
+    return once if is_resident(item, pool) else item.bytes_read - _turns(item) * _kept_bytes(item, pool)
+
+
+def _kept_bytes(item: ScheduledTensor, pool: int) -> int:
+    """What the pool holds of a tensor when a pass turns: as many units as fit beside what the next tensor has there."""
+    first, last = item.units[0], item.units[-1]
+    nbytes = item.tensor.input_bytes() * (first[1] - first[0]) // last[1]
+    if not nbytes:
+        return 0
+    sampled = int(SAMPLED_AHEAD * nbytes * (item.sweep_reads % 1))
+    return max(0, pool - sampled) // (nbytes + len(item.tensor.sources) * SLACK_BYTES) * nbytes
 
 
 def _resident_bytes(item: ScheduledTensor) -> int:
@@ -352,7 +374,7 @@ def _cut(
     names = tuple(sweep.name for sweep in sweeps)
     rounds = tuple(sweep.name for sweep in ahead.get(tensor.name, ()))
     projected, pool = ceiling.projected(full, kept), ceiling.pool_bytes(full, kept)
-    reads = expected_reads(sweeps)
+    reads = expected_reads(sweeps, job)
     streamed = ceiling.streamed_bytes(full)
     return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds, sweep_reads=reads, streamed=streamed)
 

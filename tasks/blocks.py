@@ -10,6 +10,11 @@ import numpy.typing as npt
 Blocks = tuple[int, int]
 """First block and one past the last of a unit."""
 
+SAMPLED_BLOCKS = 16
+"""One block in so many is read for a sample, however blocks are shared out among units,"""
+LARGEST_SAMPLE = 512
+"""or one in more, to be no more than these."""
+
 BLOCK_ELEMENTS = 65_536
 """Elements of a block: the grain of float64 partial sums, and the size of a tile."""
 
@@ -79,3 +84,14 @@ def block_edges(shape: tuple[int, ...], blocks: Blocks) -> npt.NDArray[np.int64]
     """
     starts = [block_bounds(shape, index)[0] for index in range(*blocks)]
     return np.array([*starts, block_bounds(shape, blocks[1] - 1)[1]])
+
+
+def sampled_every(blocks: int) -> int:
+    """Of a tensor that can't be held, the first of how many blocks is its sample.
+
+    Examples
+    --------
+    >>> sampled_every(100), sampled_every(16_032)
+    (16, 32)
+    """
+    return max(SAMPLED_BLOCKS, -(-blocks // LARGEST_SAMPLE))

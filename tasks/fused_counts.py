@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.jit import kernel, uncounted
+from mergepipe.tasks.jit import inlined, kernel, uncounted
 from mergepipe.tasks.kernels import LANES, add_norms
 from mergepipe.tasks.method import Array
 
@@ -25,8 +25,11 @@ PIECE = STRIP // 8
 """Elements of a strip that are taken as a sample."""
 
 ODD = 1 << 40
-"""What :func:`count_near` adds to a counter, once a call, if it met a pattern that is not the counter's first: above
-any number of elements."""
+"""What :func:`count_near` adds to a counter, once a call, if it counted a pattern that is not the counter's first: more
+than there are elements."""
+
+ASIDE = 16
+"""Such patterns that are put aside of each block and window."""
 
 
 @uncounted
@@ -121,14 +124,28 @@ def _scatter(keys: Array, lanes: Array) -> None:
         first[np.uintp(keys[i] >> 16)] += np.int32(1)
 
 
+@inlined
+def sampled(size: int) -> int:
+    """How many of so many elements :func:`sample_top` takes."""
+    return size // STRIP * PIECE
+
+
 @kernel
-def sample_top(base: Array, rows: Rows, counts: Array) -> bool:
-    """As :func:`count_top`, of a piece of each strip only, which lies elsewhere in each: no column is left out."""
-    return bool(_sample(base, rows, np.empty(PIECE, np.float32), np.empty(PIECE, np.int32), counts) < 0x7F80)
+def sample_top(base: Array, rows: Rows, counts: Array, means: Array) -> bool:
+    """As :func:`count_top`, of a piece of each strip only, which lies elsewhere in each: no column is left out.
+
+    Of as many rows as it has places, `means` gets the mean magnitude of the delta, float64.
+    """
+    moments = np.zeros((means.size, 2, LANES))
+    below, keys = np.empty(PIECE, np.float32), np.empty(PIECE, np.int32)
+    worst = _sample(base, rows, below, keys, counts, moments)
+    for k in range(means.size):
+        means[k] = moments[k, 0].sum() / max(1, sampled(base.size))
+    return bool(worst < 0x7F80)
 
 
 @uncounted
-def _sample(base: Array, rows: Rows, below: Array, keys: Array, counts: Array) -> Any:
+def _sample(base: Array, rows: Rows, below: Array, keys: Array, counts: Array, moments: Array) -> Any:
     worst = np.int32(0)
     for strip in range(base.size // STRIP):
         # Fibonacci hashing: neighbours get places far from each other, and no width of a row has a rhythm with it.
@@ -142,11 +159,13 @@ def _sample(base: Array, rows: Rows, below: Array, keys: Array, counts: Array) -
             own = counts[k]
             for i in range(stop - start):
                 own[np.uintp(keys[i] >> 16)] += 1
+            if moments.shape[0] > 0:
+                add_norms(keys[: stop - start].view(np.float32), moments[k])
     return worst
 
 
 @kernel
-def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Array) -> bool:
+def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Array, aside: Array) -> bool:
     """Count the magnitudes of the deltas that lie in windows, exactly or several patterns to a counter.
 
     Parameters
@@ -159,6 +178,9 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     counts : int64 ndarray, shape (models, windows, counters) or (models, windows, counters + 1)
         Added to: how many fall to each of the counters, an even number of them, plus :data:`ODD` if one of them is not
         the counter's first pattern; in the last place of an odd number of places, how many lie below the window.
+    aside : float64 ndarray, shape (blocks, models, windows * ASIDE)
+        Gets the bits of magnitudes that are not their counter's first pattern, which are counted only where there is no
+        room; those of one window stand in the same columns of all rows, zeros behind them. It may have no rows.
 
     Returns
     -------
@@ -168,21 +190,26 @@ def count_near(base: Array, rows: Rows, lows: Array, shifts: Array, counts: Arra
     marks = np.zeros(STRIP, np.uint8)
     words, full = marks.view(np.int64), np.empty(STRIP // 8, np.int32)
     keys, found = np.empty(STRIP, np.int32), np.empty(STRIP, np.int32)
+    used = np.empty(lows.shape[1], np.int64)
     worst = np.int32(0)
     # One model after the other: processors foresee what a few streams will need next, not what many will.
     for k in range(len(rows)):
         if lows[k].max() >= 0:
-            worst = max(worst, _near(base, rows[k], lows[k], shifts[k], counts[k], marks, words, full, keys, found))
+            largest = _near(
+                base, rows[k], lows[k], shifts[k], counts[k], aside[:, k], used, marks, words, full, keys, found
+            )
+            worst = max(worst, largest)
     return bool(worst < 0x7F800000)
 
 
 @uncounted
 def _near(
-    base: Array, row: Array, lows: Array, shifts: Array, counts: Array, marks: Array, words: Array, full: Array,
-    keys: Array, found: Array,
+    base: Array, row: Array, lows: Array, shifts: Array, counts: Array, aside: Array, used: Array, marks: Array,
+    words: Array, full: Array, keys: Array, found: Array,
 ) -> Any:  # fmt: skip
-    """The same for one model; the largest magnitude of a delta, by its bits."""
+    """The same for one model; the largest magnitude of a delta, by its bits. `used` is working memory."""
     worst = np.int32(0)
+    used[:] = 0
     counters = counts.shape[1] & ~1
     for start in range(0, base.size, STRIP):
         stop = min(start + STRIP, base.size)
@@ -196,7 +223,8 @@ def _near(
                 if counts.shape[1] > counters:
                     counts[r, counters] += lower
                 size = _gather(marks, words, full, found)
-                _count_found(keys, found[:size], low, shifts[r], counts[r])
+                own = aside[:, r * ASIDE : (r + 1) * ASIDE]
+                used[r] = _count_found(keys, found[:size], low, shifts[r], counts[r], own, used[r])
     return worst
 
 
@@ -247,10 +275,18 @@ def _gather(marks: Array, words: Array, full: Array, found: Array) -> Any:
 
 
 @uncounted
-def _count_found(keys: Array, found: Array, low: Any, shift: int, counts: Array) -> None:
+def _count_found(keys: Array, found: Array, low: Any, shift: int, counts: Array, aside: Array, used: int) -> int:
+    """Count the keys at the places `found`; how many are put aside then, of which `used` were before."""
     within = np.int32((1 << shift) - 1)
     for k in range(found.size):
-        place = np.int32(keys[np.uintp(found[k])] - low)
+        key = keys[np.uintp(found[k])]
+        place = np.int32(key - low)
         at = np.uintp(place >> shift)
-        odd = ((place & within) != 0) & (counts[at] < ODD)
-        counts[at] += np.int64(1) + (np.int64(odd) << 40)
+        if (place & within) == 0:
+            counts[at] += 1
+        elif used < aside.size:
+            aside[used // ASIDE, used % ASIDE] = key
+            used += 1
+        else:
+            counts[at] += np.int64(1) + (np.int64(counts[at] < ODD) << 40)
+    return used

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from mergepipe.tasks.blocks import Blocks, block_count
+from mergepipe.tasks.blocks import Blocks, block_count, sampled_every
 from mergepipe.tasks.parameter import Parameter
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ A public name is of the same shape for every tensor of a merge and is kept as a 
 underscore is the method's own, of any shape.
 """
 
-PASSING = frozenset({"histogram"})
+PASSING = frozenset({"histogram", "_near_sample"})
 """Entries of a state that later sweeps of the same tensor read and nobody else: large, and kept nowhere."""
 
 
@@ -201,13 +201,18 @@ class Reduction(Protocol):
         """New entries for the state, once all tiles are in."""
 
 
-def expected_reads(sweeps: Iterable[Reduction]) -> float:
-    """How often sweeps are expected to read a tensor's inputs.
+def expected_reads(sweeps: Iterable[Reduction], job: Job) -> float:
+    """How often sweeps are expected to read a tensor's inputs, if they can't be held.
 
-    Once each, but for those that say otherwise by their `reads`: a sample is a part, and a sweep that is made only
-    where a guess has missed is none.
+    Once each, but for samples, and for sweeps that say otherwise by their `reads`: one that is made only where a guess
+    has missed is none.
     """
-    return sum(getattr(sweep, "reads", 1.0) for sweep in sweeps)
+    return sum(1 / sampled_every(job.blocks) if is_sample(sweep) else getattr(sweep, "reads", 1.0) for sweep in sweeps)
+
+
+def is_sample(sweep: Reduction) -> bool:
+    """Whether some blocks will do for a sweep where the others would have to be read for it."""
+    return getattr(sweep, "sampled", False)
 
 
 def values_left(sweeps: Iterable[Reduction], job: Job) -> int:

@@ -25,7 +25,7 @@ from mergepipe.storage.manifest import Segment
 from mergepipe.storage.readers import Reader
 from mergepipe.storage.writer import PAGE
 from mergepipe.tasks import convert
-from mergepipe.tasks.blocks import Blocks, block_bounds
+from mergepipe.tasks.blocks import Blocks, block_bounds, sampled_every
 from mergepipe.tasks.method import (
     Accumulator,
     Array,
@@ -36,6 +36,7 @@ from mergepipe.tasks.method import (
     Tile,
     can_offload,
     expected_reads,
+    is_sample,
     stored_sweep,
 )
 from mergepipe.tasks.rows_torch import Scorer
@@ -44,8 +45,9 @@ from mergepipe.tasks.sources import TensorSource
 T = TypeVar("T")
 
 
-SAMPLED_BLOCKS = 16
-"""One block in so many is read for a sample."""
+SAMPLED_AHEAD = 8
+"""Units of a sample that are announced with the tensor before: enough for workers that have to wait there. The sample
+of a large tensor would fill the memory that reads of the tensor at work need."""
 
 
 class Sink(Protocol):
@@ -209,11 +211,12 @@ class TensorWork:
         return (*first, *self.models, *self.importances, *(() if self.carried is None else (self.carried,)))
 
     def begin_sample(self) -> None:
-        """Tell the reader what a sample will ask for."""
-        self._announce(n for n, sweep in enumerate(self.sweeps) if self._is_looked_at_in_part(sweep))
+        """Tell the reader what a sample will ask for first."""
+        self._announce(self._samples(), slice(SAMPLED_AHEAD))
 
     def begin(self) -> None:
         """Tell the reader what will be asked for after that."""
+        self._announce(self._samples(), slice(SAMPLED_AHEAD, None))
         expected = self._passes()[: 1 if self._resident else None]
         self._announce(expected)
         # What is read once is announced once.
@@ -222,11 +225,15 @@ class TensorWork:
 
     def _passes(self) -> list[int]:
         """Sweeps that are expected to read all there is, by their numbers; others hardly ever come, or are samples."""
-        whole = (n for n, sweep in enumerate(self.sweeps) if expected_reads([sweep]))
+        whole = (n for n, sweep in enumerate(self.sweeps) if expected_reads([sweep], self.job))
         return [n for n in whole if not self._is_looked_at_in_part(self.sweeps[n])]
 
-    def _announce(self, sweeps: Iterable[int]) -> None:
-        units = ((n, self._unit_of(n, unit)) for n in sweeps for unit in range(len(self.sweep_units)))
+    def _samples(self) -> list[int]:
+        """Sweeps that read a part, likewise."""
+        return [n for n, sweep in enumerate(self.sweeps) if self._is_looked_at_in_part(sweep)]
+
+    def _announce(self, sweeps: Iterable[int], which: slice = slice(None)) -> None:
+        units = ((n, self._unit_of(n, unit)) for n in sweeps for unit in range(len(self.sweep_units))[which])
         looks = (self._looked_at(self.sweeps[n], blocks) for n, blocks in units)
         self._reader.ahead(self._segments(blocks) for blocks in chain.from_iterable(looks))
 
@@ -272,12 +279,12 @@ class TensorWork:
         if reduction.needed(self.job, self.state):
             self._stop()
             self._sweep(reduction, sweep, unit)
-        elif not self._resident and expected_reads([reduction]):
+        elif not self._resident and expected_reads([reduction], self.job):
             # What is kept until the last use is announced once, whoever uses it first.
             looks = self._looked_at(reduction, self._unit_of(sweep, unit))
             self._reader.skip([self._segments(blocks) for blocks in looks])
         nbytes = self._input_bytes(self._unit_of(sweep, unit))
-        self._report(reduction.name, int(expected_reads([reduction]) * nbytes))
+        self._report(reduction.name, int(expected_reads([reduction], self.job) * nbytes))
 
     def _sweep(self, reduction: Reduction, sweep: int, unit: int) -> None:
         total = self._accumulator(sweep, reduction)
@@ -303,11 +310,12 @@ class TensorWork:
     def _looked_at(self, reduction: Reduction, blocks: tuple[int, int]) -> list[tuple[int, int]]:
         """The parts of a unit that a sweep is given: all of it, or a few blocks if they are read for a sample alone."""
         if self._is_looked_at_in_part(reduction):
-            return [(first, first + 1) for first in range(*blocks, SAMPLED_BLOCKS)]
+            every = sampled_every(self.job.blocks)
+            return [(block, block + 1) for block in range(-(-blocks[0] // every) * every, blocks[1], every)]
         return [blocks]
 
     def _is_looked_at_in_part(self, reduction: Reduction) -> bool:
-        return not self._resident and getattr(reduction, "sampled", False)
+        return not self._resident and is_sample(reduction)
 
     def combine(self, sweep: int, *_after: object) -> None:
         """Turn what a sweep collected into new entries of the state."""

@@ -268,7 +268,8 @@ class Refine:
         """Count from the stored bits; the one level there is for float32."""
         found = state[f"_{self.stage}_found"]
         lows, shifts = np.where(found < 0, -1, found << 16), np.zeros_like(found)
-        return lambda rows, mine, _: fused_counts.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted)
+        none = np.empty((0, job.models, 0))  # each pattern has its own counter
+        return lambda rows, mine, _: fused_counts.count_near(rows[0], tuple(rows[1:]), lows, shifts, mine.counted, none)
 
     def combine(self, job: Job, state: State, accumulator: Accumulator) -> State:
         """The selection one level on; after the last level also what `after` makes of it."""

@@ -34,8 +34,10 @@ DRAWN = 1 << 20
 """Elements of a tensor that are drawn; what is longer repeats them, which takes a tenth of the time."""
 
 
-def write_model(folder: Path, seed: int, shapes: Shapes, shards: int = 1, parent_seed: int | None = None) -> None:
-    """A checkpoint of float16 noise, near that of `parent_seed` if given, with a config and an integer buffer."""
+def write_model(
+    folder: Path, seed: int, shapes: Shapes, shards: int = 1, parent_seed: int | None = None, dtype: Any = np.float16
+) -> None:
+    """A checkpoint of noise in `dtype`, near that of `parent_seed` if given, with a config and an integer buffer."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     parent = np.random.default_rng(parent_seed) if parent_seed is not None else None
@@ -43,7 +45,7 @@ def write_model(folder: Path, seed: int, shapes: Shapes, shards: int = 1, parent
     for name, shape in shapes.items():
         drawn = shape if math.prod(shape) <= DRAWN else DRAWN
         value = rng.standard_normal(drawn) * (1.0 if parent is None else 0.1)
-        value = np.asarray(value if parent is None else value + parent.standard_normal(drawn), np.float16)
+        value = np.asarray(value if parent is None else value + parent.standard_normal(drawn), dtype)
         tensors[name] = np.resize(value, shape)
     tensors["position_ids"] = np.arange(600, dtype=np.int64).reshape(1, 600)
     names = list(tensors)
@@ -83,13 +85,14 @@ def write_recipe(folder: Path, method: str = "ties", models: int = 2, **extra: A
 
 
 def write_job(
-    folder: Path, shapes: Shapes | None = None, shards: int = 1, method: str = "ties", models: int = 2, **extra: Any
-) -> Path:
+    folder: Path, shapes: Shapes | None = None, shards: int = 1, method: str = "ties", models: int = 2,
+    dtype: Any = np.float16, **extra: Any,
+) -> Path:  # fmt: skip
     """A base, fine-tunes of it and a recipe that merges them; returns the recipe."""
     shapes = SMALL if shapes is None else shapes
-    write_model(folder / "base", 0, shapes, shards)
+    write_model(folder / "base", 0, shapes, shards, dtype=dtype)
     for number in range(1, models + 1):
-        write_model(folder / f"expert-{number}", number, shapes, shards, parent_seed=0)
+        write_model(folder / f"expert-{number}", number, shapes, shards, parent_seed=0, dtype=dtype)
     return write_recipe(folder, method, models, **extra)
 
 

@@ -201,10 +201,12 @@ def test_a_plan_counts_no_sweep_that_is_never_made() -> None:
 def test_a_pool_grows_with_the_passes_that_turn_in_it() -> None:
     """Of a tensor that is streamed: what is held where a pass turns is not read again, but memory has its price."""
 
-    def pool(name: str, ceiling: int) -> float:
+    def pool(name: str, ceiling: int, count: int = 1) -> float:
         tensor = replace(plan_of(name).tensors[0], shape=(131072, 4096))
-        plan = replace(plan_of(name), tensors=(tensor,), groups=((tensor.name,),), chunk_bytes=32 * MIB)
-        (item,) = items = schedule(plan, Ceiling(ceiling, 2), gathered=[True] * 3)
+        tensors = tuple(replace(tensor, name=f"{n}") for n in range(count))
+        groups = tuple((tensor.name,) for tensor in tensors)
+        plan = replace(plan_of(name), tensors=tensors, groups=groups, chunk_bytes=32 * MIB)
+        item, *_ = items = schedule(plan, Ceiling(ceiling, 2), gathered=[True] * 3)
         assert not scheduling.is_resident(item, item.pool)
         found = scheduling.pool_bytes(items)
         assert found <= item.pool, "no more than there is room for"
@@ -212,3 +214,7 @@ def test_a_pool_grows_with_the_passes_that_turn_in_it() -> None:
 
     assert [pool(name, 1024 * MIB) for name in ("linear", "ties", "scf_rkl")] == [1, 1, 2]
     assert 1 < pool("scf_rkl", 768 * MIB) < 2
+    # Of many such tensors it takes all the room there is.
+    assert pool("linear", 2048 * MIB, 16) == 1
+    assert pool("scf_rkl", 2048 * MIB, 3) == 2
+    assert pool("scf_rkl", 2048 * MIB, 4) > 4

@@ -36,7 +36,10 @@ def summary_at(tmp_path: Path) -> Any:
 
 def test_what_does_not_fit_is_read_in_every_pass(summary_at: Any) -> None:
     small = summary_at("512MiB")
-    assert small["read_bytes"] == small["requested_bytes"] > 2 * small["input_bytes"]
+    assert small["requested_bytes"] > 2 * small["input_bytes"]
+    # Less what the buffers hold where one pass turns into the next.
+    turned = small["requested_bytes"] - small["read_bytes"]
+    assert 0 < turned <= 3 * (small["projected_bytes"] - small["needed_bytes"]), "of each of three tensors"
     assert small["needed_bytes"] < small["projected_bytes"] <= 512 * MIB
 
 
@@ -49,4 +52,4 @@ def test_what_fits_is_read_once(summary_at: Any) -> None:
 def test_without_room_for_buffers_windows_are_mapped(summary_at: Any) -> None:
     least = summary_at("268MiB")
     assert least["needed_bytes"] <= least["projected_bytes"] <= 268 * MIB
-    assert least["read_bytes"] == least["requested_bytes"]
+    assert 0 <= least["requested_bytes"] - least["read_bytes"] < 4 * MIB

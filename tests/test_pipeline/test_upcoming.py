@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partialmethod
@@ -10,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ml_dtypes import bfloat16
 
 import mergepipe
 from mergepipe.pipeline import graph
+from mergepipe.pipeline.memory import Ceiling
+from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.schedule import disk_bytes_read, schedule
 from mergepipe.pipeline.upcoming import BUNDLES_AHEAD, Upcoming
 from mergepipe.storage.direct import DirectReader
 from mergepipe.storage.manifest import Segment
-from mergepipe.tasks.nodes import TensorWork, Turn
+from mergepipe.storage.workspace import Workspace
+from mergepipe.tasks.nodes import SAMPLED_AHEAD, TensorWork, Turn
 from support.jobs import build_job, write_job
 
 
@@ -214,3 +220,54 @@ def test_a_turn_only_moves_on() -> None:
     for stage, unit in ((0, 1), (0, 3), (0, 2), (1, 0), (0, 4)):
         turn.reach(stage, unit)
     assert turn.at == (1, 0)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "scf_rkl"])
+def test_a_plan_foretells_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Of what can't be held: a sample, each pass, less what is there where one turns into the next."""
+    pool, found = 2**21, []
+    recipe = write_job(tmp_path, {f"{n}.weight": (4096, 1024) for n in range(2)}, method=method, dtype=bfloat16)
+    if method == "scf_rkl":
+        recipe.write_text(re.sub(r" *parameters:\n *weight: 0.5\n", "", recipe.read_text()))
+    build_job(tmp_path)
+    monkeypatch.setattr("mergepipe.pipeline.execution.is_resident", lambda item, pool: False)
+    monkeypatch.setattr("mergepipe.pipeline.reading.pool_bytes", lambda scheduled: pool)
+    close = DirectReader.close
+
+    def look(self: DirectReader) -> None:
+        found.append(self.bytes_loaded)
+        close(self)
+
+    monkeypatch.setattr(DirectReader, "close", look)
+    mergepipe.run(tmp_path / "work", reader="direct")
+    plan = Plan.from_json(Workspace(tmp_path / "work").read_plan())
+    items = schedule(plan, Ceiling(plan.allowed, 2), gathered=[True] * len(plan.models))
+    inputs, foretold = (
+        sum(item.tensor.input_bytes() for item in items),
+        sum(disk_bytes_read(one, pool) for one in items),
+    )
+    passes = {"linear": 1, "ties": 2, "scf_rkl": 3}[method]
+    assert (passes - 0.35) * inputs < foretold <= (passes + 1 / 16) * inputs
+    assert 0.93 * foretold <= found[0] <= 1.03 * foretold
+
+
+def test_a_large_sample_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the room of what is read before it: a few units of it are announced with the tensor before."""
+    write_job(tmp_path, {f"{n}.weight": (20480, 1024) for n in range(2)}, dtype=bfloat16)
+    build_job(tmp_path)
+    monkeypatch.setattr("mergepipe.pipeline.execution.is_resident", lambda item, pool: False)
+    announced: list[int] = []
+    ahead = DirectReader.ahead
+
+    def watch(self: DirectReader, units: Iterator[Sequence[Sequence[Segment]]]) -> None:
+        listed = list(units)
+        if listed and len(listed[0]) == 3:
+            announced.append(len(listed))
+        ahead(self, iter(listed))
+
+    monkeypatch.setattr(DirectReader, "ahead", watch)
+    mergepipe.run(tmp_path / "work", reader="direct")
+    blocks = 20480 * 1024 // 65536
+    early = -(-SAMPLED_AHEAD // 16)
+    assert announced[:2] == [early, early]
+    assert sorted(announced[2:]) == sorted([blocks // 16 - early, blocks, blocks] * 2)

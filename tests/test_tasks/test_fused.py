@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergepipe.tasks import convert, fused, fused_counts, fused_sums, guess, kernels, select
+from mergepipe.tasks import convert, fused, fused_counts, fused_sums, kernels, select, windows
 from mergepipe.tasks.blocks import block_bounds
 from mergepipe.tasks.jit import _Kernel
 from mergepipe.tasks.method import Accumulator, stored_sweep
@@ -22,6 +22,8 @@ from support.bits import as_bits, deltas, drawn, settings_for
 from support.drive import load_tile, make_job, merge
 
 MODELS = st.sampled_from([1, 3, 8])
+NONE = np.empty((0, 8, 0))
+"""Room for no pattern that is put aside."""
 SIZES = st.sampled_from([1, 3, 63, 64, 65, 2047, 2048, 2049, 6151])
 
 
@@ -36,7 +38,7 @@ def test_counting(size: int, models: int, seed: int) -> None:
         np.testing.assert_array_equal(top[k] - 1, np.bincount(keys[k] >> 16, minlength=select.TOP_BINS))
         lows[k, k % 2] = keys[k, size // 2] >> 16 << 16
     fine = np.zeros((models, 2, select.FINE_BINS), np.int64)
-    assert fused_counts.count_near(base, rows, lows, shifts, fine)
+    assert fused_counts.count_near(base, rows, lows, shifts, fine, NONE[:, :models])
     for k in range(models):
         wanted = keys[k][keys[k] >> 16 << 16 == lows[k, k % 2]] & 0xFFFF
         np.testing.assert_array_equal(fine[k, k % 2], np.bincount(wanted, minlength=select.FINE_BINS))
@@ -58,11 +60,11 @@ def test_counting_with_norms(size: int, models: int, seed: int, inner: list[int]
     np.testing.assert_array_equal(counts, alone)
 
 
-COUNTERS = st.sampled_from([64, guess.COUNTERS, select.FINE_BINS])
+COUNTERS = st.sampled_from([64, windows.COUNTERS, select.FINE_BINS])
 
 
-@given(SIZES, MODELS, st.integers(0, 1000), st.integers(0, 4), st.integers(0, 40), COUNTERS)
-def test_windows(size: int, models: int, seed: int, shift: int, apart: int, counters: int) -> None:
+@given(SIZES, MODELS, st.integers(0, 1000), st.integers(0, 4), st.integers(0, 40), COUNTERS, st.integers(0, 9))
+def test_windows(size: int, models: int, seed: int, shift: int, apart: int, counters: int, room: int) -> None:
     """Two of each model, which may overlap or be one; some are not wanted."""
     base, rows = drawn(size, models, seed)
     keys = deltas(base, rows)[1].view(np.int32) & 0x7FFFFFFF
@@ -71,17 +73,24 @@ def test_windows(size: int, models: int, seed: int, shift: int, apart: int, coun
     lows[np.random.default_rng(seed).random(lows.shape) < 0.2] = -1
     shifts = np.array([[shift, 4]] * models)
     found = np.zeros((models, 2, counters + 1), np.int64)
-    assert fused_counts.count_near(base, rows, lows, shifts, found)
+    aside = np.zeros((room, models, 2 * fused_counts.ASIDE))
+    assert fused_counts.count_near(base, rows, lows, shifts, found, aside)
     for k, r in np.ndindex(lows.shape):
+        own = aside[:, k, r * fused_counts.ASIDE : (r + 1) * fused_counts.ASIDE].ravel()
         if lows[k, r] < 0:
             assert not found[k, r].any()
+            assert not own.any()
             continue
         places, within = keys[k].astype(np.int64) - lows[k, r], 1 << shifts[k, r]
         inside = places[(places >= 0) & (places < counters * within)]
         assert found[k, r, -1] == (places < 0).sum()
+        others = inside[inside % within != 0]
+        np.testing.assert_array_equal(own[: others.size], lows[k, r] + others[: own.size])
+        assert not own[others.size :].any()
         counts, odd = found[k, r, :-1] % fused_counts.ODD, found[k, r, :-1] // fused_counts.ODD
-        np.testing.assert_array_equal(counts, np.bincount(inside // within, minlength=counters))
-        expected = np.bincount(inside // within, inside % within != 0, minlength=counters) > 0
+        counted = np.concatenate([inside[inside % within == 0], others[own.size :]])
+        np.testing.assert_array_equal(counts, np.bincount(counted // within, minlength=counters))
+        expected = np.bincount(counted // within, counted % within != 0, minlength=counters) > 0
         np.testing.assert_array_equal(odd, expected)
 
 
@@ -93,7 +102,7 @@ def test_a_sample_is_of_every_column() -> None:
         marked = rows[0].reshape(-1, fused_counts.STRIP).copy()
         marked[:, column : column + fused_counts.PIECE] = as_bits(1e30)
         counts = np.zeros((1, select.TOP_BINS), np.int64)
-        assert fused_counts.sample_top(base, (marked.ravel(),), counts)
+        assert fused_counts.sample_top(base, (marked.ravel(),), counts, np.empty(0))
         assert counts.sum() == base.size // 8
         taken[column : column + fused_counts.PIECE] = counts[0, (np.float32(1e30).view(np.int32) >> 16) - 2 :].sum() > 0
     assert taken.all()
@@ -353,7 +362,7 @@ def test_what_is_not_finite_is_not_done(bad: float, place: int, model: int) -> N
     top = np.zeros((2, select.TOP_BINS), np.int64)
     assert not fused_counts.count_top(base, rows, np.array([0, 2500, 3001]), np.empty((2, 2, 2)), top)
     zero, counts = np.zeros((2, 1), np.int64), np.zeros((2, 1, select.FINE_BINS), np.int64)
-    assert not fused_counts.count_near(base, rows, zero, zero, counts)
+    assert not fused_counts.count_near(base, rows, zero, zero, counts, NONE[:, :2])
     assert not fused.agree(base, rows, None, weights, (0.1, 0.1), ones, None, True, 1.0, out)
     assert not fused.add(base, rows, None, weights, (0.1, 0.1), ones, None, 1.0, 1.0, out)
     none, opposed = np.zeros(3001, np.uint8), (0.3, -0.7)
@@ -383,10 +392,10 @@ def test_deltas_that_overflow_are_for_the_general_way() -> None:
     assert fused_counts.count_top(large, (large ^ 0x8000,), np.array([0, 3000]), sums, top)
     assert np.isinf(sums).all()
     assert top[0, 0x7F80] == 3000
-    counts = np.zeros((1, 1, guess.COUNTERS + 1), np.int64)
+    counts = np.zeros((1, 1, windows.COUNTERS + 1), np.int64)
     low, shift = np.full((1, 1), 1000), np.zeros((1, 1), np.int64)
-    assert fused_counts.count_near(large, (large,), low, shift, counts)
-    assert not fused_counts.count_near(large, (large ^ 0x8000,), low, shift, counts)
+    assert fused_counts.count_near(large, (large,), low, shift, counts, NONE[:, :1])
+    assert not fused_counts.count_near(large, (large ^ 0x8000,), low, shift, counts, NONE[:, :1])
 
 
 @given(SIZES, st.integers(0, 1000))

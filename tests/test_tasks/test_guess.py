@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergepipe.tasks import convert, fused_counts, guess
+from mergepipe.tasks import convert, fused_counts, guess, windows
 from mergepipe.tasks.breadcrumbs import kept_ranks
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, expected_reads
 from mergepipe.tasks.registry import SPARSIFIERS
@@ -59,8 +59,11 @@ def deltas(streams: list[U16]) -> Array:
     return values
 
 
-def run(job: Job, streams: list[U16], cuts: list[int], stored: bool = True) -> tuple[State, list[str]]:
-    """All sweeps of the trim, over units of whole blocks; the state, and which sweeps were made."""
+def run(job: Job, streams: list[U16], cuts: list[int], stored: bool = True, every: int = 0) -> tuple[State, list[str]]:
+    """All sweeps of the trim, over units of whole blocks; the state, and which sweeps were made.
+
+    With `every` the tensor can't be held: one block in so many is its sample.
+    """
     state: State = {}
     made: list[str] = []
     for sweep in SPARSIFIERS[job.sparsify].reductions(job):
@@ -72,7 +75,10 @@ def run(job: Job, streams: list[U16], cuts: list[int], stored: bool = True) -> t
             None if counts is None else np.zeros(counts, np.int64),
             None if row is None else np.zeros((job.blocks, *row)),
         )
-        for start, stop in pairwise([0, *cuts, job.size]):
+        units = list(pairwise([0, *cuts, job.size]))
+        if every and sweep.name == "sample":
+            units = [(start, start + 65536) for start in range(0, job.size, every * 65536)]
+        for start, stop in units:
             one(sweep, job, state, [as_stored(stream[start:stop]) for stream in streams], start, total, stored)
         state |= sweep.combine(job, state, total)
     return state, made
@@ -83,7 +89,7 @@ def one(
 ) -> None:
     body = getattr(sweep, "stored", None)
     if stored and body is not None and total.counts is not None:
-        mine = Accumulator(np.zeros_like(total.counts))
+        mine = Accumulator(np.zeros_like(total.counts), total.blocks)
         first = start // 65536
         assert body(job, state)(streams, mine, (first, first + -(-streams[0].size // 65536)))
         total.counts += mine.counted
@@ -109,6 +115,79 @@ def test_a_guess_finds_the_exact_threshold(densities: list[float], stored: bool)
             assert state["thresholds"][k] == ordered[k, SIZE - int(density * SIZE)]
 
 
+def unlike(spread: float, seed: int) -> list[U16]:
+    """Rows of a quarter of a block, 4 Mi elements of each model, that have moved more and less."""
+    rng = np.random.default_rng(seed)
+    base = rng.standard_normal((256, 16384), np.float32) * np.float32(0.02)
+    moves = [np.exp(rng.standard_normal((256, 1)) * spread) * rng.standard_normal(base.shape) / 1000 for _ in range(2)]
+    return [bits(base.ravel()), *(bits((base + move).ravel()) for move in moves)]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_windows_are_wider_where_blocks_are_unlike_each_other(stored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of 16 blocks, whose quantiles may lie off by much more than chance alone would have it."""
+    missed = 0
+    for seed in range(3):
+        streams, job = unlike(0.5, seed), job_of(1 << 22, [0.2, 0.5])
+        state, made = run(job, streams, [1 << 20], stored, every=4)
+        assert made == ["sample", "counts near thresholds"], "the sure way was not needed"
+        sure, _ = run(replace(job, halves=False), streams, [])
+        np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
+        with monkeypatch.context() as patch:
+            patch.setattr(guess, "UNLIKE", 0.0)
+            missed += len(run(job, streams, [1 << 20], stored, every=4)[1]) > 2
+    assert missed, "narrow ones would not have done"
+
+
+def test_one_block_tells_nothing_of_the_others() -> None:
+    streams, job = fine_tunes(), job_of(SIZE, [0.2, 0.5])
+    assert run(job, streams, [], every=16)[1][:2] == ["sample", "coarse histogram"]
+    # Where each block gives a part, one that is a unit by itself is no sample of the others.
+    assert run(job, streams, [65536])[1] == ["sample", "counts near thresholds"]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_threshold_of_many_significant_bits(stored: bool) -> None:
+    """Where a weight is near zero its difference has more of them, and is not its counter's first pattern."""
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal(SIZE, np.float32) * np.float32(0.02)
+    base[rng.random(SIZE) < 1e-3] *= np.float32(1e-7)
+    streams = [bits(base), bits(base + rng.standard_normal(SIZE, np.float32) / 1000)]
+    keys = np.sort(np.abs(deltas(streams)[0]).view(np.int32))
+    around = np.arange(SIZE // 2, SIZE * 9 // 10)
+    fine = around[(keys[around] & 0xF) != 0]
+    assert fine.size > 20
+    for rank in fine[::20]:
+        job = job_of(SIZE, [float((SIZE - rank) / SIZE)])
+        state, made = run(job, streams, [65536], stored)
+        assert state["thresholds"][0] == keys[rank : rank + 1].view(np.float32)[0]
+        assert made == ["sample", "counts near thresholds"], "the sure way was not needed"
+        sure, _ = run(replace(job, halves=False), streams, [])
+        np.testing.assert_array_equal(state["densities"], sure["densities"])
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("off", [-0.03, 0.03])
+def test_one_more_sweep_where_a_rank_lies_beside_its_window(
+    off: float, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that are too low or too high."""
+    guessed = guess._windows
+    monkeypatch.setattr(guess, "SPREAD", 0.0)
+
+    def too_far(counts: Array, spans: Array, size: int, wider: Array) -> tuple[Array, Array] | None:
+        return guessed(counts, spans + off * size, size, wider)
+
+    monkeypatch.setattr(guess, "_windows", too_far)
+    again = ["sample", "counts near thresholds", "counts where they were missed"]
+    for job in (job_of(SIZE, [0.2, 0.5]), crumbs_of(SIZE, [(0.2, 0.05), (0.5, 0.1)])):
+        streams = fine_tunes()
+        state, made = run(job, streams, [65536], stored)
+        sure, _ = run(replace(job, halves=False), streams, [])
+        np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
+        assert made == again, "the sure way was not needed"
+
+
 def test_ties_are_counted_as_on_the_sure_way() -> None:
     streams, job = fine_tunes(), job_of(SIZE, [0.2, 0.3], "index")
     state, made = run(job, streams, [65536])
@@ -118,7 +197,7 @@ def test_ties_are_counted_as_on_the_sure_way() -> None:
     np.testing.assert_array_equal(state["densities"], sure["densities"])
 
 
-def test_a_sample_that_misleads_costs_time_only() -> None:
+def test_a_sample_that_misleads_costs_one_more_sweep() -> None:
     """Strips whose sampled piece is much larger than the rest."""
     streams, job = fine_tunes(), job_of(SIZE, [0.2, 0.2])
     taken = np.zeros((1, 32768), np.int64)
@@ -127,10 +206,10 @@ def test_a_sample_that_misleads_costs_time_only() -> None:
         place = strip * fused_counts.STRIP + ((strip * 0x9E3779B1 & 0xFFFFFFFF) >> 29) * fused_counts.PIECE
         for row in rows:
             row[place : place + fused_counts.PIECE] = bits(np.linspace(1, 2, fused_counts.PIECE))
-    assert fused_counts.sample_top(as_stored(streams[0]), (as_stored(rows[0]),), taken)
+    assert fused_counts.sample_top(as_stored(streams[0]), (as_stored(rows[0]),), taken, np.empty(0))
     assert taken[0, :0x3F00].sum() == 0, "the sample sees the large ones only"
     state, made = run(job, [streams[0], *rows], [65536])
-    assert made[-2:] == ["coarse histogram", "fine histogram 1 (threshold)"]
+    assert made == ["sample", "counts near thresholds", "counts where they were missed"]
     sure, _ = run(replace(job, halves=False), [streams[0], *rows], [])
     np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
 
@@ -145,15 +224,21 @@ def test_a_counter_of_several_patterns_is_not_believed() -> None:
     sure, _ = run(replace(job, halves=False), [base, other], [])
     np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
     assert made[0] == "sample"
-    window = {"_near_low": np.array([[0x3F800000]]), "_near_shift": np.array([[6]])}
+    window = {"_near_low": np.array([[0x3F800000]]), "_near_shift": np.array([[6]]), "_near_sample": np.empty((1, 0))}
     near = guess.Near("s", lambda job: np.array([[SIZE // 3]]), lambda job, state: {"hit": np.ones(1)})
-    counts = np.zeros((1, 1, guess.COUNTERS + 1), np.int64)
+    counts = np.zeros((1, 1, windows.COUNTERS + 1), np.int64)
     values = np.abs(deltas([base, other]))
     near.update(job, window, Accumulator(counts), Tile(0, 0, None, values, np.empty((0, 0))))
     assert counts[..., -1] <= SIZE // 3 < counts[..., -1] + (counts[..., :-1] % fused_counts.ODD).sum(), (
         "it lies inside"
     )
-    assert near.combine(job, window, Accumulator(counts)) == {}
+    moved = near.combine(job, window, Accumulator(counts))
+    assert moved["_near_shift"] == 0, "each pattern of that counter gets one of its own"
+    again = np.zeros_like(counts)
+    near.update(job, moved, Accumulator(again), Tile(0, 0, None, values, np.empty((0, 0))))
+    found = near.combine(job, moved, Accumulator(again))
+    assert found["_s_found"] == np.sort(values[0]).view(np.int32)[SIZE // 3]
+    assert found["hit"] == 1
 
 
 @pytest.mark.parametrize("change", [{"halves": False}, {"work": np.dtype(np.float64)}, {"shape": (1000, 1000)}])
@@ -162,7 +247,7 @@ def test_no_guess_where_it_would_not_pay(change: dict[str, object]) -> None:
         reductions = SPARSIFIERS[job.sparsify].reductions
         sure = reductions(replace(job, **change))  # type: ignore[arg-type]
         assert sure[0].name == "coarse histogram"
-        assert expected_reads(sure) > expected_reads(reductions(job))
+        assert expected_reads(sure, job) > expected_reads(reductions(job), job)
 
 
 NONE, WHOLE, ONE, LARGEST = (0.0, 0.01), (1.0, 0.01), (1e-6, 0.3), (0.4, 0.0)
@@ -269,7 +354,7 @@ def test_tadrop_finds_what_the_sure_way_finds(low: float, high: float, offset: f
         np.testing.assert_array_equal(state[name], sure[name])
 
 
-def test_a_following_rank_that_is_missed_spoils_the_guess() -> None:
+def test_a_following_rank_that_is_missed_is_looked_for_again() -> None:
     """A sample that sees the quantiles, and of what lies between them too little."""
     streams, job = fine_tunes(), tadrop_of(SIZE, [{}, {}])
     sweeps = SPARSIFIERS["tadrop"].reductions(job)
@@ -278,9 +363,10 @@ def test_a_following_rank_that_is_missed_spoils_the_guess() -> None:
     totals = {}
     state: State = {}
     for sweep in (sample, near):
-        counts, _ = sweep.shapes(job)
+        counts, row = sweep.shapes(job)
         assert counts is not None
-        totals[sweep.name] = Accumulator(np.zeros(counts, np.int64))
+        assert row is not None
+        totals[sweep.name] = Accumulator(np.zeros(counts, np.int64), np.zeros((job.blocks, *row)))
         one(sweep, job, state, streams, 0, totals[sweep.name], stored=True)
         if sweep is sample:
             state |= sweep.combine(job, state, totals[sweep.name])
@@ -288,9 +374,16 @@ def test_a_following_rank_that_is_missed_spoils_the_guess() -> None:
     for gone in ("_near_low", "_near_shift"):
         assert state[gone].shape == (2, 3)
     away = {**state, "_near_low": state["_near_low"] + np.array([0, 0, 1 << 28])}
-    moved = Accumulator(np.zeros_like(totals[near.name].counted))
+    before = totals[near.name]
+    moved = Accumulator(np.zeros_like(before.counted), np.zeros_like(before.blocks))
     one(near, job, away, streams, 0, moved, stored=True)
-    assert near.combine(job, away, moved) == {}
+    again = near.combine(job, away, moved)
+    assert "thresholds" not in again
+    state |= again
+    found = Accumulator(np.zeros_like(before.counted), np.zeros_like(before.blocks))
+    one(sweeps[2], job, state, streams, 0, found, stored=True)
+    sure, _ = run(replace(job, halves=False), streams, [])
+    np.testing.assert_array_equal(sweeps[2].combine(job, state, found)["thresholds"], sure["thresholds"])
 
 
 @pytest.mark.parametrize("params", [{"metric": "l1l2"}, {"rescale": "l2"}, {"target_density": 0.3}])
