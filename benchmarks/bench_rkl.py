@@ -120,7 +120,13 @@ def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
     a, b = (np.empty(2**16, np.float32) for _ in range(2))
     for bits, values in zip(streams, (a, b), strict=False):
         convert.decode(bits[: a.size], "BF16", values)
-    kinds = (("", 0.5, 0.0), (", a weight beyond 1", 1.5, 0.0), (", near", 0.5, 0.5), (", far", 0.5, 5.0))
+    kinds = (
+        ("", 0.5, 0.0),
+        (", a weight beyond 1", 1.5, 0.0),
+        (", loose", 0.5, 0.1),
+        (", near", 0.5, 0.5),
+        (", far", 0.5, 5.0),
+    )
     for what, weight, apart in kinds:
         for width in (64, 1024, 4096, 2**16):
             a[::width], b[::width] = weight, weight + apart

@@ -1,8 +1,8 @@
 """What is added up of a row for its divergences: weights, and sums of them with the differences to a donor.
 
-The formulas, and why a row is *close*, *near*, *far* or *distant*, are in :mod:`mergepipe.tasks.rows`. Sums are taken
-in 64 lanes of float64, which are then added half on half: the order of additions is part of the result, and neither
-processor nor chunks change it.
+The formulas, and why a row is *close*, *loose*, *near*, *far* or *distant*, are in :mod:`mergepipe.tasks.rows`. Sums
+are taken in 64 lanes of float64, which are then added half on half: the order of additions is part of the result, and
+neither processor nor chunks change it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mergepipe.tasks.exponentials import LIMIT, ROOT, exp, four, less, plus, small_expm1, times, total
-from mergepipe.tasks.jit import inlined_late, uncounted
+from mergepipe.tasks.jit import inlined, inlined_late, uncounted
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
 
@@ -23,19 +23,22 @@ Of a far one exp(E) stands for expm1(E). Of a distant one the sums are of w, w *
 ``f = exp(A + D - largest B)``.
 """
 
-MOMENTS = 9
-"""Of a close row: sums of w * D**k for k from 0 to 7, and of D**2."""
+MOMENTS, MORE = 9, 11
+"""Of a close and of a loose row: sums of w * D**k for k from 0 to 7 or 9, and of D**2."""
 
-ROOM = MOMENTS * LANES + MOMENTS
-"""float64 numbers of working memory that the rows of a donor are measured with: lanes, and what they add up to."""
+ADDED = MORE * LANES
+ROOM = ADDED + MORE
+"""float64 numbers of working memory that the rows of a donor are measured with: lanes, and from :data:`ADDED` on what
+they add up to."""
 
-CLOSE, NEAR, FAR, DISTANT = range(4)
+CLOSE, LOOSE, NEAR, FAR, DISTANT = range(5)
+"""By their largest difference."""
 
 LEFT = -1
 """In the place of a kind: not measured with the others."""
 
-CLOSE_DELTA, NEAR_DELTA, LARGEST = 1 / 32, 1.0, 256.0
-"""Largest magnitudes of D in close, near and far rows, or of E where extremes are known."""
+CLOSE_DELTA, LOOSE_DELTA, NEAR_DELTA, LARGEST = 1 / 32, 1 / 8, 1.0, 256.0
+"""Largest magnitudes of D in close, loose, near and far rows, or of E where extremes are known."""
 
 HEAVIEST = 64.0
 """Largest magnitude of A up to which weights are powers of a polynomial's: within 2e-12 there, within 2e-14 up to 1."""
@@ -104,6 +107,23 @@ def _weigh(a: Array, begin: int, end: int, reach: float, level: float, shared: A
 
 
 @inlined_late
+def _put_moments(lanes: Any, i: Any, weight: Any, d: Any, square: Any, fourth: Any) -> Any:
+    """Add the sums of w * D**k of four elements for k from 0 to 7 to lane `i` of each; w * D**4 and w * D**5."""
+    first, second = times(weight, d), times(weight, square)
+    third = times(first, square)
+    lanes[np.uintp(i)] += total(weight)
+    lanes[np.uintp(i + LANES)] += total(first)
+    lanes[np.uintp(i + 2 * LANES)] += total(second)
+    lanes[np.uintp(i + 3 * LANES)] += total(third)
+    even, odd = times(weight, fourth), times(first, fourth)
+    lanes[np.uintp(i + 4 * LANES)] += total(even)
+    lanes[np.uintp(i + 5 * LANES)] += total(odd)
+    lanes[np.uintp(i + 6 * LANES)] += total(times(second, fourth))
+    lanes[np.uintp(i + 7 * LANES)] += total(times(third, fourth))
+    return even, odd
+
+
+@inlined_late
 def _add_moments(a: Array, b: Array, begin: int, end: int, quarter: int, shared: Array, lanes: Array) -> None:
     """Add the :data:`MOMENTS` of a donor's elements from `begin` to `end`, whole strides, to its lanes."""
     for start in range(begin, end, 4 * quarter):
@@ -112,18 +132,24 @@ def _add_moments(a: Array, b: Array, begin: int, end: int, quarter: int, shared:
         for i in range(quarter):
             weight, d = _at(own, i, quarter), _apart(x, y, i, quarter)
             square = times(d, d)
-            fourth = times(square, square)
-            first, second = times(weight, d), times(weight, square)
-            third = times(first, square)
-            lanes[np.uintp(i)] += total(weight)
-            lanes[np.uintp(i + LANES)] += total(first)
-            lanes[np.uintp(i + 2 * LANES)] += total(second)
-            lanes[np.uintp(i + 3 * LANES)] += total(third)
-            lanes[np.uintp(i + 4 * LANES)] += total(times(weight, fourth))
-            lanes[np.uintp(i + 5 * LANES)] += total(times(first, fourth))
-            lanes[np.uintp(i + 6 * LANES)] += total(times(second, fourth))
-            lanes[np.uintp(i + 7 * LANES)] += total(times(third, fourth))
+            _put_moments(lanes, i, weight, d, square, times(square, square))
             lanes[np.uintp(i + 8 * LANES)] += total(square)
+
+
+@inlined_late
+def _add_more(a: Array, b: Array, begin: int, end: int, quarter: int, shared: Array, lanes: Array) -> None:
+    """Add those of a loose row, :data:`MORE`, likewise."""
+    for start in range(begin, end, 4 * quarter):
+        x, y = a[start : start + 4 * quarter], b[start : start + 4 * quarter]
+        own = shared[start - begin : start - begin + 4 * quarter]
+        for i in range(quarter):
+            weight, d = _at(own, i, quarter), _apart(x, y, i, quarter)
+            square = times(d, d)
+            fourth = times(square, square)
+            even, odd = _put_moments(lanes, i, weight, d, square, fourth)
+            lanes[np.uintp(i + 8 * LANES)] += total(times(even, fourth))
+            lanes[np.uintp(i + 9 * LANES)] += total(times(odd, fourth))
+            lanes[np.uintp(i + 10 * LANES)] += total(square)
 
 
 @inlined_late
@@ -189,6 +215,8 @@ def _add_strides(
     y, lanes = b[donor], room[donor]
     if kind == CLOSE:
         _add_moments(a, y, begin, end, LANES, shared, lanes)
+    elif kind == LOOSE:
+        _add_more(a, y, begin, end, LANES, shared, lanes)
     elif kind == NEAR:
         _add_near(a, y, begin, end, LANES, shift, shared, lanes)
     elif kind == FAR:
@@ -203,6 +231,8 @@ def _add_rest(filled: Array, end: int, kind: int, shift: float, shared: Array, r
     a, b, lanes, quarter = filled[0], filled[1], room[donor], filled.shape[1] // 16
     if kind == CLOSE:
         _add_moments(a, b, FIRST, end, quarter, shared, lanes)
+    elif kind == LOOSE:
+        _add_more(a, b, FIRST, end, quarter, shared, lanes)
     elif kind == NEAR:
         _add_near(a, b, FIRST, end, quarter, shift, shared, lanes)
     elif kind == FAR:
@@ -239,6 +269,12 @@ def _fill(values: Array, first: int, end: int, out: Array) -> None:
         out[np.uintp(i)] = 0.0
 
 
+@inlined
+def sums_of(kind: Any) -> Any:
+    """How many numbers are added up of a row of this kind; the last one is the sum of D**2."""
+    return MOMENTS if kind == CLOSE else MORE if kind == LOOSE else SUMS
+
+
 @uncounted
 def add_up(
     a: Array,
@@ -251,7 +287,7 @@ def add_up(
     filled: Array,
     room: Array,
 ) -> None:
-    """:data:`MOMENTS` or :data:`SUMS` of a row, or a piece of one, of those donors that have a kind.
+    """:data:`MOMENTS`, :data:`MORE` or :data:`SUMS` of a row, or a piece of one, of those donors that have a kind.
 
     Parameters
     ----------
@@ -270,7 +306,7 @@ def add_up(
     none = True
     for j in range(len(b)):
         if kinds[j] != LEFT:
-            room[j, : MOMENTS * LANES] = 0.0
+            room[j, : sums_of(kinds[j]) * LANES] = 0.0
             none = False
     if none:
         return
@@ -294,7 +330,7 @@ def add_up(
                 _add_rest(filled, stop, kinds[j], shifts[j], shared, room, j)
     for j in range(len(b)):
         if kinds[j] != LEFT:
-            _halve(room[j], MOMENTS if kinds[j] == CLOSE else SUMS, filled.shape[1] // 32, MOMENTS * LANES)
+            _halve(room[j], sums_of(kinds[j]), filled.shape[1] // 32, ADDED)
 
 
 @uncounted

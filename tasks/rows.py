@@ -9,7 +9,7 @@ stands for A + D, any number c, ``E = D - c`` and ``z = sum(p * expm1(E))``:
 all in float64; the differences that a fine-tune makes are so small that the textbook formula in float32 is noise. A
 divergence does not depend on c, nor on a factor of all the weights ``exp(A)`` that p is made of; and weights that are a
 little off, the same ones in all sums, are those of another p that is as little off. So all donors of a row share its
-weights, which are a short polynomial raised to a high power. By their largest difference rows are of four kinds:
+weights, which are a short polynomial raised to a high power. By their largest difference rows are of five kinds:
 
 *Close*, no D beyond 1/32, as most rows of a fine-tune are. With c = 0 both divergences are series in the moments of D
 under p, ``m_k = sum(p * D**k)``: seven leave less than 1e-12 of the divergence, they take no exponential of D, and
@@ -17,6 +17,8 @@ nothing of order D is left to cancel:
 
     z = sum(m_k / k!),    reverse = sum((k - 1) * m_k / k!) / (1 + z) + z / (1 + z) - log1p(z)
                           forward = sum(m_k / k!) from k = 2, + log1p(z) - z
+
+*Loose*, none beyond 1/8: the same with nine moments.
 
 *Near*, none beyond 1: the formulas above. *Far*, none beyond 256: 1 + z may vanish, and the logarithm of
 ``sum(p * exp(E))`` is taken instead. *Distant*, whatever there is: A + D and A have normalisers of their own, each less
@@ -40,6 +42,7 @@ from mergepipe.tasks.jit import kernel, uncounted
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array, Job
 from mergepipe.tasks.row_sums import (
+    ADDED,
     CLOSE,
     CLOSE_DELTA,
     DISTANT,
@@ -47,7 +50,8 @@ from mergepipe.tasks.row_sums import (
     HEAVIEST,
     LARGEST,
     LEFT,
-    MOMENTS,
+    LOOSE,
+    LOOSE_DELTA,
     NEAR,
     NEAR_DELTA,
     ROOM,
@@ -56,6 +60,7 @@ from mergepipe.tasks.row_sums import (
     SUMS,
     add_differences,
     add_up,
+    sums_of,
 )
 
 EXTREMES = 7
@@ -67,8 +72,8 @@ STATISTICS = 3
 SHIFTED = 0.75
 """Share of the mean square of D that its squared mean may be where c is 0: it is what cancels."""
 
-CLOSE_TERMS = 9
-"""Terms of the series in z of a close row, whose z is below 0.032."""
+CLOSE_TERMS, LOOSE_TERMS = 9, 16
+"""Terms of the series in z of a close row, whose z is below 0.032, and of a loose one, with z below 0.134."""
 
 
 @uncounted
@@ -96,19 +101,21 @@ def kind_of(reach: float, distance: float) -> int:
     """What a row is measured as, given its largest magnitudes of A and D; NaN is beyond everything."""
     if not (reach <= HEAVIEST and distance <= LARGEST):
         return DISTANT
-    return CLOSE if distance <= CLOSE_DELTA else NEAR if distance <= NEAR_DELTA else FAR
+    if distance <= LOOSE_DELTA:
+        return CLOSE if distance <= CLOSE_DELTA else LOOSE
+    return NEAR if distance <= NEAR_DELTA else FAR
 
 
 @uncounted
-def _finish_close(moments: Array, reverse: float, forward: float, out: Array) -> bool:
-    """:data:`STATISTICS` of a close row from its :data:`MOMENTS`; False, with `out` undefined, if too much cancels."""
+def _finish_close(moments: Array, kind: int, reverse: float, forward: float, out: Array) -> bool:
+    """:data:`STATISTICS` of a close or loose row from its moments; False, with `out` undefined, if too much cancels."""
     total = moments[0]
     mean, spread = moments[1] / total, moments[2] / total
     if mean * mean > SHIFTED * spread:
         return False
     # The sums of m_k / k! and of (k - 1) * m_k / k!, from k = 2 on.
     onward, backward, factorial = 0.0, 0.0, 1.0
-    for k in range(2, 8):
+    for k in range(2, sums_of(kind) - 1):
         factorial *= k
         term = moments[k] / total / factorial
         onward += term
@@ -116,7 +123,7 @@ def _finish_close(moments: Array, reverse: float, forward: float, out: Array) ->
     z = mean + onward
     # z / (1 + z) - log1p(z) and log1p(z) - z, as series.
     falling, rising, power = 0.0, 0.0, -z
-    for k in range(2, CLOSE_TERMS + 2):
+    for k in range(2, (CLOSE_TERMS if kind == CLOSE else LOOSE_TERMS) + 2):
         power *= -z
         falling -= power * ((k - 1) / k)
         rising -= power / k
@@ -150,8 +157,8 @@ def _finish_sums(
 @uncounted
 def finish_once(moments: Array, kind: int, width: int, reverse: float, forward: float, out: Array) -> bool:
     """:data:`STATISTICS` of a row that was read once; False, with `out` undefined, if too much cancels."""
-    if kind == CLOSE:
-        return _finish_close(moments, reverse, forward, out)
+    if kind <= LOOSE:
+        return _finish_close(moments, kind, reverse, forward, out)
     mean = moments[4] / width
     if mean * mean > SHIFTED * (moments[5] / width):
         return False
@@ -197,7 +204,7 @@ def measure_sums(a: Array, b: Array, extremes: Array, width: int, out: Array) ->
     shared, filled = np.empty(STRIP), np.empty((2, STRIDE), a.dtype)
     add_up(a, b.reshape(1, b.size), kinds, extremes[5], level, shifts, shared, filled, room)
     for s in range(SUMS):
-        out[s] = room[0, MOMENTS * LANES + s]
+        out[s] = room[0, ADDED + s]
 
 
 @uncounted
@@ -222,7 +229,7 @@ def finish_row(extremes: Array, sums: Array, width: int, reverse: float, forward
 def finish_rows_once(
     moments: Array, kinds: Array, width: int, reverse: float, forward: float, out: Array, settled: Array
 ) -> None:
-    """:func:`finish_once` for rows, shape (rows, 9): into `out`, shape (rows, 3), and `settled`, bool, (rows,)."""
+    """:func:`finish_once` for rows, shape (rows, sums): into `out`, shape (rows, 3), and `settled`, bool, (rows,)."""
     for row in range(len(moments)):
         settled[row] = finish_once(moments[row], kinds[row], width, reverse, forward, out[row])
 
@@ -292,9 +299,9 @@ def measure_row(
             kinds[j] = LEFT
     add_up(a, b, kinds, reach, 0.0, shifts, shared, filled, room)
     for j in range(len(b)):
-        moments = room[j, MOMENTS * LANES :]
+        moments = room[j, ADDED:]
         if kinds[j] != LEFT and finish_once(moments, kinds[j], a.size, reverse, forward, out[j]):
-            energies[j] += moments[MOMENTS - 1] if kinds[j] == CLOSE else moments[SUMS - 1]
+            energies[j] += moments[sums_of(kinds[j]) - 1]
         else:
             energies[j] += _measure_twice(a, b[j], reverse, forward, out[j])
 

@@ -105,7 +105,7 @@ def measure_rows(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: floa
     kinds = _kinds(distance)
     kinds[~(reach <= row_sums.HEAVIEST)] = row_sums.DISTANT
     left = kinds == row_sums.DISTANT
-    for kind in (row_sums.CLOSE, row_sums.NEAR, row_sums.FAR):
+    for kind in (row_sums.CLOSE, row_sums.LOOSE, row_sums.NEAR, row_sums.FAR):
         at = np.flatnonzero(kinds == kind)
         if at.size:
             sums = _sums(kind, _chosen(a, at), _chosen(b, at), reach[at], np.zeros(at.size), np.zeros(at.size))
@@ -127,11 +127,12 @@ def _chosen(values: torch.Tensor, at: Array) -> torch.Tensor:
 
 def _kinds(distance: Array) -> Array:
     """What rows are measured as, by their largest difference; what is not a number is distant."""
-    return np.searchsorted((row_sums.CLOSE_DELTA, row_sums.NEAR_DELTA, row_sums.LARGEST), distance)
+    most = (row_sums.CLOSE_DELTA, row_sums.LOOSE_DELTA, row_sums.NEAR_DELTA, row_sums.LARGEST)
+    return np.searchsorted(most, distance)
 
 
 def _sums(kind: int, a: torch.Tensor, b: torch.Tensor, reach: Array, level: Array, shift: Array) -> Array:
-    """:data:`mergepipe.tasks.row_sums.MOMENTS` or :data:`mergepipe.tasks.row_sums.SUMS` of rows of a kind."""
+    """What :func:`mergepipe.tasks.row_sums.add_up` finds for rows of a kind."""
     import torch
 
     width = a.shape[1]
@@ -139,13 +140,15 @@ def _sums(kind: int, a: torch.Tensor, b: torch.Tensor, reach: Array, level: Arra
     x, d = a.to(torch.float64), (b - a).to(torch.float64)
     weight = _weights(x, reach, level)
     weight[:, width:] = 0.0
-    if kind == row_sums.CLOSE:
+    if kind in (row_sums.CLOSE, row_sums.LOOSE):
         square = d * d
         fourth = square * square
         first, second = weight * d, weight * square
         third = first * square
-        terms = (weight, first, second, third)
-        return _stacked([*terms, *(term * fourth for term in terms), square], width)
+        terms = [weight, first, second, third]
+        for term in range(row_sums.sums_of(kind) - 1 - len(terms)):
+            terms.append(terms[term] * fourth)
+        return _stacked([*terms, square], width)
     off = torch.from_numpy(shift).to(x.device)[:, None]
     if kind == row_sums.DISTANT:
         other = exp((x + d - off).clamp_(min=-exponentials.LIMIT))

@@ -124,7 +124,7 @@ def test_bits_of_close_rows(width: int, device: str) -> None:
 @pytest.mark.parametrize("width", [5, 64, 300, 4097])
 def test_bits_of_rows_of_every_kind(width: int, device: str) -> None:
     rng = np.random.default_rng(width)
-    sizes = [(x, y) for x in (0.3, 3.0, 15.0, 60.0, 250.0, 700.0) for y in (0.02, 0.5, 20.0, 700.0)]
+    sizes = [(x, y) for x in (0.3, 3.0, 15.0, 60.0, 250.0, 700.0) for y in (0.02, 0.11, 0.5, 20.0, 700.0)]
     reach, largest = (np.array(side)[:, None] for side in zip(*sizes, strict=True))
     shape = (len(sizes), width)
     a = (np.clip(rng.normal(0, 0.3, shape), -1, 1) * reach).astype("f4")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import mergepipe
 from mergepipe.errors import MemoryBudgetError, RecipeError
 from mergepipe.pipeline.resume import decode_state, encode_state
-from mergepipe.tasks import exponentials, points, rows, scores, stored_rows
+from mergepipe.tasks import exponentials, points, row_sums, rows, scores, stored_rows
 from mergepipe.tasks.method import Array
 from mergepipe.tasks.select import TOP_BINS, count_top
 from support.bits import as_stored
@@ -169,21 +169,28 @@ def test_divergences(shape: tuple[int, ...], step: float, work: str, direction: 
     np.testing.assert_allclose(found, np.asarray(v * reverse + w * forward, np.float64), rtol=1e-9, atol=2e-18)
 
 
-def close_rows(width: int, step: float, reach: float, mean: float = 0.0) -> tuple[Array, Array]:
-    """Rows of float32 with weights up to `reach`, and differences up to 1/32 around `mean`."""
+def close_rows(width: int, step: float, reach: float, mean: float = 0.0, limit: float = 1 / 33) -> tuple[Array, Array]:
+    """Rows of float32 with weights up to `reach`, and differences around `mean`, up to `limit`."""
     rng = np.random.default_rng(width)
     a = np.clip(rng.normal(0, reach / 3, (6, width)), -reach, reach).astype("f4")
     a[:, 0] = reach
-    b = (a + np.clip(rng.normal(mean, step, a.shape), -1 / 33, 1 / 33)).astype("f4")
-    return a, b
+    d = np.clip(rng.normal(mean, step, a.shape), -limit, limit)
+    if limit > 1 / 32:
+        d[:, -1] = limit
+    return a, (a + d).astype("f4")
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward", "sym"])
 @pytest.mark.parametrize("step", [1e-6, 1e-4, 1e-3, 0.05])
 @pytest.mark.parametrize("reach", [0.03, 1.0])
 @pytest.mark.parametrize("width", [64, 255, 257, 4096])
-def test_divergences_of_close_rows(width: int, reach: float, step: float, direction: str) -> None:
-    a, b = close_rows(width, step, reach)
+@pytest.mark.parametrize(("limit", "kind"), [(1 / 33, row_sums.CLOSE), (1 / 8.1, row_sums.LOOSE)])
+def test_divergences_of_close_rows(
+    limit: float, kind: int, width: int, reach: float, step: float, direction: str
+) -> None:
+    """And loose ones, whose series is longer."""
+    assert rows.kind_of(reach, limit) == kind
+    a, b = close_rows(width, step, reach, limit=limit)
     reverse, forward, _ = reference_rows(a, b)
     v, w = weights_of(direction)
     found = np.empty((6, 3))
@@ -212,7 +219,7 @@ def rows_of_a_kind(width: int, reach: float, largest: float) -> tuple[Array, Arr
 
 DIRECTIONS = ("reverse", "forward", "sym")
 WIDTHS, REACHES = (5, 63, 64, 257, 1100), (0.5, 3.0, 15.0, 60.0, 250.0, 700.0)
-LARGEST = (0.03, 0.5, 0.99, 7.0, 250.0, 700.0)
+LARGEST = (0.03, 0.12, 0.5, 0.99, 7.0, 250.0, 700.0)
 EVERY_KIND = [
     pytest.param(width, reach, largest, direction, marks=[pytest.mark.slow] * ((i + j + k) % 3 != turn))
     for (i, width), (j, reach), (k, largest) in product(*map(enumerate, (WIDTHS, REACHES, LARGEST)))
