@@ -295,17 +295,31 @@ class TensorWork:
                 counts = self._buffers.get("counts", total.counts.shape, np.int64)
                 counts.fill(0)
         mine = Accumulator(counts, total.blocks)
-        stored = stored_sweep(reduction, self.job, self.state) if self._all_bf16 else None
-        for blocks in self._looked_at(reduction, self._unit_of(sweep, unit)):
-            if self._scorer is not None and can_offload(reduction):
+        looks = self._looked_at(reduction, self._unit_of(sweep, unit))
+        if self._scorer is not None and can_offload(reduction):
+            for blocks in looks:
                 tiles = self._tiles(blocks, last=not self._resident)
                 reduction.offload(self.job, self.state, mine, tiles, self._scorer)
-            elif stored is None or not self._run_stored(stored, blocks, mine, last=not self._resident):
-                for tile in self._tiles(blocks, last=not self._resident):
-                    reduction.update(self.job, self.state, mine, tile)
+        elif not self._sweep_stored(reduction, looks, mine):
+            for tile in chain.from_iterable(self._tiles(blocks, last=not self._resident) for blocks in looks):
+                reduction.update(self.job, self.state, mine, tile)
         if counts is not None and counts is not total.counts:
             with self._lock:
                 total.counts += counts
+
+    def _sweep_stored(self, reduction: Reduction, looks: Sequence[Blocks], mine: Accumulator) -> bool:
+        """Whether a sweep of some blocks was made from their stored bits; if not, they have left nothing behind."""
+        stored = stored_sweep(reduction, self.job, self.state) if self._all_bf16 else None
+        if stored is None:
+            return False
+        if all(self._run_stored(stored, blocks, mine, last=not self._resident) for blocks in looks):
+            return True
+        if mine.counts is not None:
+            mine.counts.fill(0)
+        if mine.blocks is not None:
+            for first, after in looks:
+                mine.blocks[first:after] = 0.0
+        return False
 
     def _looked_at(self, reduction: Reduction, blocks: tuple[int, int]) -> list[tuple[int, int]]:
         """The parts of a unit that a sweep is given: all of it, or a few blocks if they are read for a sample alone."""

@@ -17,11 +17,12 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mergepipe
 from mergepipe.pipeline.reading import ReaderKind
 from mergepipe.tasks import guess
+from mergepipe.tasks.breadcrumbs import kept_ranks
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 
 SHAPES = {
@@ -211,3 +212,29 @@ def test_a_guess_does_not_show(
     assert not (tmp_path / "guessed" / "work" / "statistics" / "histogram").exists(), "the guess was right"
     monkeypatch.setattr(guess, "SMALLEST", 1 << 40)
     assert found == merge(recipe, tmp_path / "sure")
+
+
+@pytest.mark.parametrize("chunk_size", ["256KiB", "8MiB"])
+@pytest.mark.parametrize("rows", [256, 1024])
+def test_a_difference_beyond_float32_spoils_no_threshold(rows: int, chunk_size: str, tmp_path: Path) -> None:
+    """It is for the general way, after some of its unit was counted from stored bits; and then dropped for its size."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(rows, 1024, generator=generator) / 1000
+    tuned = base + torch.randn(rows, 1024, generator=generator) / 1000
+    base[rows // 2, 5], tuned[rows // 2, 5] = 3e38, -3e38
+    stored = [value.to(torch.bfloat16) for value in (base, tuned)]
+    for name, value in zip(("base", "tuned"), stored, strict=True):
+        (tmp_path / name).mkdir()
+        save_file({"a.weight": value}, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text("{}")
+    model = {"model": str(tmp_path / "tuned"), "parameters": {"weight": 1.0, "density": 0.5, "gamma": 0.01}}
+    recipe = {"merge_method": "breadcrumbs", "base_model": str(tmp_path / "base"), "models": [model]}
+    merge(recipe, tmp_path / "job", chunk_size=chunk_size)
+    below, above = (value.to(torch.float32) for value in stored)
+    sizes = (above - below).abs().flatten()
+    ordered = sizes.sort().values
+    first, last = kept_ranks(0.5, 0.01, sizes.numel())
+    kept = (sizes >= ordered[first]) & (sizes <= ordered[last])
+    found = load_file(tmp_path / "job" / "merged" / "model.safetensors")["a.weight"].float().flatten()
+    expected = torch.where(kept, (below + (above - below)).flatten(), below.flatten())
+    assert torch.equal(found, expected.to(torch.bfloat16).float())
