@@ -317,8 +317,11 @@ def _useful_bytes(item: ScheduledTensor, room: int) -> int:
 
 
 def _turns(item: ScheduledTensor) -> int:
-    """How often one pass turns into the next, or the last into the output: what is still there is not read again."""
-    return int(item.sweep_reads)
+    """How often one pass turns into the next, or the last into the output: what is still there is not read again.
+
+    A solver's panels are read in an order of their own.
+    """
+    return 0 if item.steps else int(item.sweep_reads)
 
 
 def is_resident(item: ScheduledTensor, pool: int) -> bool:
@@ -343,7 +346,8 @@ def _kept_bytes(item: ScheduledTensor, pool: int) -> int:
     if not nbytes:
         return 0
     sampled = int(SAMPLED_AHEAD * nbytes * (item.sweep_reads % 1))
-    return max(0, pool - sampled) // (nbytes + len(item.tensor.sources) * SLACK_BYTES) * nbytes
+    kept = max(0, pool - sampled) // (nbytes + len(item.tensor.sources) * SLACK_BYTES) * nbytes
+    return min(kept, item.tensor.input_bytes())
 
 
 def _resident_bytes(item: ScheduledTensor) -> int:

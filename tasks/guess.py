@@ -53,7 +53,7 @@ sample: a magnitude that is off by a small factor moves a quantile of normal num
 HIGHEST = 0x7F7FFFFF
 """Bits of the largest float32."""
 
-_SAMPLE, _MOVED = "_near_sample", "_near_moved"
+SAMPLE, _MOVED = "_near_sample", "_near_moved"
 
 Ranks = Callable[[Job], Array]
 """The wanted ranks of each model: 0-based, ascending by magnitude, negative for one that is not wanted; int64, (models,
@@ -150,10 +150,10 @@ class Sample:
         assert accumulator.counts is not None
         wanted = self.ranks(job).astype(np.float64)
         spans = np.repeat(np.where(wanted < 0, math.nan, wanted)[:, :, None], 2, axis=2)
-        wider = UNLIKE * _errors(accumulator)
+        wider = UNLIKE * _errors(accumulator, job.size)
         found = _windows(accumulator.counts, spans, job.size, wider)
         if found is None or self.then is None:
-            return {} if found is None else {_SAMPLE: accumulator.counts, LOW: found[0], SHIFT: found[1]}
+            return {} if found is None else {SAMPLE: accumulator.counts, LOW: found[0], SHIFT: found[1]}
         lows, shifts = found
         ends = np.stack([lows, lows + (COUNTERS << shifts) - 1], axis=2)
         values = np.where(lows[:, :, None] < 0, math.nan, magnitudes(np.clip(ends, 0, HIGHEST), job.work))
@@ -161,27 +161,28 @@ class Sample:
         if more is None:
             return {}
         new: State = {LOW: np.hstack([lows, more[0]]), SHIFT: np.hstack([shifts, more[1]])}
-        return {_SAMPLE: accumulator.counts, **new}
+        return {SAMPLE: accumulator.counts, **new}
 
 
-def _errors(sample: Accumulator) -> Array:
+def _errors(sample: Accumulator, size: int) -> Array:
     """Standard errors of the mean magnitude of each delta, as shares of it, if some of the blocks are the sample.
 
-    Zero where each block gave a part of it.
+    Zero where each block gave a part of it, or all it has; 1 where nothing can be said.
 
     Examples
     --------
     >>> blocks = np.array([[8, 2.0, 5.0], [0, 0, 0], [8, 4.0, 5.0], [0, 0, 0]])
-    >>> _errors(Accumulator(np.array([[10, 6], [0, 16]]), blocks)).round(3).tolist()
+    >>> _errors(Accumulator(np.array([[10, 6], [0, 16]]), blocks), 32).round(3).tolist()
     [0.236, 0.0]
     """
     none = np.zeros(len(sample.counted))
     if sample.blocks is None:
         return none
     seen = sample.blocks[sample.blocks[:, 0] > 0]
-    if len(seen) == len(sample.blocks) or seen[:, 0].sum() < sample.counted[0].sum():
+    taken = sample.counted[0].sum()
+    if len(seen) == len(sample.blocks) or seen[:, 0].sum() < taken or taken == size:
         return none
-    if len(seen) == 1:
+    if len(seen) == 1 or not np.isfinite(seen).all():
         return none + 1.0
     means, spread = seen[:, 1:].mean(axis=0), seen[:, 1:].std(axis=0, ddof=1)
     shares = np.divide(spread, means, out=none, where=means > 0)
@@ -288,13 +289,15 @@ class Near:
 
 def _moved(job: Job, wanted: Array, state: State, windows: list[list[Window]]) -> State:
     """Windows that should hold the ranks that were missed, if that can be said of all of them."""
+    if SAMPLE not in state:
+        return {}
     lows, shifts = state[LOW].copy(), state[SHIFT].copy()
     for k, r in np.argwhere(wanted >= 0):
         rank, window = int(wanted[k, r]), windows[k][r]
         if window.low < 0:
             return {}
         if window.locate(rank) is None:
-            again = _again(state[_SAMPLE][k], window, rank, job.size)
+            again = _again(state[SAMPLE][k], window, rank, job.size)
             if again is None:
                 return {}
             lows[k, r], shifts[k, r] = again

@@ -12,7 +12,7 @@ little off, the same ones in all sums, are those of another p that is as little 
 weights, which are a short polynomial raised to a high power. By their largest difference rows are of five kinds:
 
 *Close*, no D beyond 1/32, as most rows of a fine-tune are. With c = 0 both divergences are series in the moments of D
-under p, ``m_k = sum(p * D**k)``: seven leave less than 1e-12 of the divergence, they take no exponential of D, and
+under p, ``m_k = sum(p * D**k)``: seven leave about 1e-12 of the divergence, they take no exponential of D, and
 nothing of order D is left to cancel:
 
     z = sum(m_k / k!),    reverse = sum((k - 1) * m_k / k!) / (1 + z) + z / (1 + z) - log1p(z)

@@ -16,6 +16,7 @@ import numpy as np
 
 from mergepipe.tasks.blocks import BLOCK_ELEMENTS, block_bounds
 from mergepipe.tasks.blocks import block_elements as longest_block
+from mergepipe.tasks.guess import SAMPLE
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, values_left
 
 COUNT = "_slices"
@@ -142,6 +143,11 @@ class PerSlice:
             None if row is None else (most_slices(job), *row),
         )
 
+    @property
+    def reads(self) -> float:
+        """As of the reduction itself, but for a sample, which is of all blocks."""
+        return getattr(self.inner, "reads", 1.0)
+
     def leaves(self, job: Job) -> int:
         """For each slice what the sweep leaves of a tensor, and the names it goes by."""
         return job.shape[0] * _left_of_one(self.inner, job)
@@ -169,6 +175,7 @@ class PerSlice:
             counts = None if accumulator.counts is None else accumulator.counts[number]
             rows = None if accumulator.blocks is None else _gathered(job, one, number, accumulator.blocks)
             new = self.inner.combine(one, own, Accumulator(counts, rows))
+            new.pop(SAMPLE, None)  # one for each slice is too much: where a guess misses, the sure way follows
             if "_threshold_found" in new or "thresholds" in new:
                 new["histogram"] = np.zeros(0)  # it has told all it knows, and is large
             found |= {f"_slice{number}_{name}": value for name, value in new.items()}

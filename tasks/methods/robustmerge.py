@@ -98,6 +98,11 @@ class OfMask:
         """As for the trim."""
         return self.inner.shapes(_masked(job))
 
+    @property
+    def reads(self) -> float:
+        """As for the trim, but for a sample, which is of all blocks."""
+        return getattr(self.inner, "reads", 1.0)
+
     def leaves(self, job: Job) -> int:
         """As for the trim."""
         return values_left((self.inner,), _masked(job))

@@ -218,3 +218,32 @@ def test_a_pool_grows_with_the_passes_that_turn_in_it() -> None:
     assert pool("linear", 2048 * MIB, 16) == 1
     assert pool("scf_rkl", 2048 * MIB, 3) == 2
     assert pool("scf_rkl", 2048 * MIB, 4) > 4
+
+
+@pytest.mark.parametrize("shape", [(8192, 4096), (8192, 14336)])
+@pytest.mark.parametrize("name", ["linear", "breadcrumbs", "scf_rkl", "multislerp"])
+def test_a_plan_foretells_one_read_at_least(name: str, shape: tuple[int, int]) -> None:
+    """However much of a tensor there is room for."""
+    tensor = replace(plan_of(name).tensors[0], shape=shape)
+    tensors = tuple(replace(tensor, name=f"{n}") for n in range(8))
+    plan = replace(plan_of(name), tensors=tensors, groups=(tuple(one.name for one in tensors),), chunk_bytes=8 * MIB)
+    found = []
+    for ceiling in range(512, 4096, 128):
+        item, *_ = items = schedule(plan, Ceiling(ceiling * MIB, 2), gathered=[True] * 3)
+        found.append(scheduling.disk_bytes_read(item, scheduling.pool_bytes(items)))
+        assert item.tensor.input_bytes() <= found[-1] <= item.bytes_read
+    assert found[-1] == item.tensor.input_bytes()
+    assert found == sorted(found, reverse=True), "more memory never reads more"
+
+
+def test_passes_over_whole_matrices_save_no_read() -> None:
+    """A solver's panels are read in an order of their own."""
+    one = plan_of("iso_c", "magnitude").tensors[1]
+    thinned = tuple(params | {"density": 0.5} for params in one.sparsify_params)
+    tensor = replace(one, shape=(4096, 4096), sparsify_params=thinned)
+    plan = replace(plan_of("iso_c", "magnitude"), tensors=(tensor,), groups=((tensor.name,),))
+    (item,) = items = schedule(plan, Ceiling(2600 * MIB, 2), gathered=[True] * 3)
+    assert item.held
+    assert item.sweep_reads > 1
+    pool = min(scheduling.pool_bytes(items), item.tensor.input_bytes())
+    assert scheduling.disk_bytes_read(item, pool) == item.bytes_read

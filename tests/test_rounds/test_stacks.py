@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from mergepipe.errors import RecipeError
 from mergepipe.tasks.blocks import block_bounds, block_count
+from mergepipe.tasks.method import Accumulator, State, Tile, expected_reads, lasting
+from mergepipe.tasks.registry import SPARSIFIERS
 from mergepipe.tasks.slices import most_slices, pieces, slice_job
 from support import whole
 from support.drive import make_job, merge
@@ -106,3 +109,33 @@ def test_all_models_or_none(tmp_path: Path) -> None:
             [{"weight": 1.0}] * 2,
             sparsify=[{"method": "tadrop", "unstack_3d": flag} for flag in (True, False)],
         )
+
+
+def test_large_slices_are_guessed_for_and_leave_little() -> None:
+    """Two passes, of a sample of everything and near the thresholds; of histograms nothing is kept."""
+    each = [{"method": "tadrop", "unstack_3d": True}]
+    shape, rng = (2, 1024, 1024), np.random.default_rng(0)
+    _, job = make_job("task_arithmetic", shape, "f4", [{"weight": 1.0}], sparsify=each)
+    job = replace(job, halves=True)
+    sweeps = SPARSIFIERS["tadrop"].reductions(job)
+    assert expected_reads(sweeps, job) == 2
+    values = whole.grid(rng, (1, 2 << 20), spread=3.0).astype("f4")
+    state: State = {}
+    made = []
+    for sweep in sweeps:
+        if not sweep.needed(job, state):
+            continue
+        made.append(sweep.name)
+        counts, row = sweep.shapes(job)
+        rows = None if row is None else np.zeros((job.blocks, *row))
+        total = Accumulator(None if counts is None else np.zeros(counts, np.int64), rows)
+        for block in range(job.blocks):
+            start, stop = block_bounds(shape, block)
+            own = np.ascontiguousarray(values[:, start:stop])
+            sweep.update(job, state, total, Tile(block, start, None, own, own[:0]))
+        state = {**state, **sweep.combine(job, state, total)}
+    assert made == ["sample by slice", "counts near thresholds by slice"]
+    assert sum(value.nbytes for value in lasting(state).values()) < 10_000
+    for number in range(2):
+        sizes = np.sort(np.abs(values[0, number << 20 : (number + 1) << 20]))
+        assert state[f"_slice{number}_thresholds"][0] in sizes

@@ -139,6 +139,16 @@ def test_windows_are_wider_where_blocks_are_unlike_each_other(stored: bool, monk
     assert missed, "narrow ones would not have done"
 
 
+def test_a_difference_beyond_float32_in_a_sample_is_no_guide() -> None:
+    streams, job = unlike(0.1, 0), crumbs_of(1 << 22, [(0.5, 0.01), (0.2, 0.1)])
+    streams[0][7], streams[1][7] = bits(np.array([3e38, -3e38]))
+    with np.errstate(over="ignore"):
+        state, made = run(job, streams, [1 << 20], stored=False, every=4)
+        sure, _ = run(replace(job, halves=False), streams, [], stored=False)
+    assert made[:2] == ["sample", "coarse histogram"]
+    np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
+
+
 def test_one_block_tells_nothing_of_the_others() -> None:
     streams, job = fine_tunes(), job_of(SIZE, [0.2, 0.5])
     assert run(job, streams, [], every=16)[1][:2] == ["sample", "coarse histogram"]
