@@ -75,6 +75,7 @@ bench: $(READY)  ## the benchmarks in minutes, at sizes that show where time goe
 	$(BIN)/python -m benchmarks.bench_start --json $(RESULTS)/start.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_svd --size medium --route randomized --json $(RESULTS)/svd.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_memory --json $(RESULTS)/memory.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_reads --json $(RESULTS)/reads.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_growth --size 0.1B --size 0.3B --models 2 --models 3 --json $(RESULTS)/growth.json $(ARGS)
 
 bench-full: $(READY)  ## every benchmark at full size, in an hour or two and 40 GB; results in build/bench-full

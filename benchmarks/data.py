@@ -134,8 +134,12 @@ def write_checkpoints(folder: Path, layout: Layout, experts: int = 3, seed: int 
     return folders
 
 
-def write_matrices(folder: Path, shape: tuple[int, int], experts: int, seed: int = 0) -> list[Path]:
-    """Write ``base``, ``expert-1``, ... that hold one matrix each, all at once and in pieces.
+def write_matrices(
+    folder: Path, shape: tuple[int, int], experts: int, seed: int = 0, count: int = 1, spread: float = 0.0
+) -> list[Path]:
+    """Write ``base``, ``expert-1``, ... that hold some matrices each, all at once and in pieces.
+
+    With a `spread` the rows of an expert have moved more and less: it is the standard deviation of the logarithm.
 
     Returns
     -------
@@ -143,27 +147,35 @@ def write_matrices(folder: Path, shape: tuple[int, int], experts: int, seed: int
         The base first.
     """
     folders = [folder / "base", *(folder / f"expert-{i + 1}" for i in range(experts))]
-    shapes: dict[str, tuple[int, ...]] = {"model.layers.0.mlp.down_proj.weight": shape}
+    shapes: dict[str, tuple[int, ...]] = {f"model.layers.{n}.mlp.down_proj.weight": shape for n in range(count)}
     for path in folders:
         write_small_files(path, {"model_type": "llama"}, [shapes], itemsize=2)
     with ExitStack() as stack:
         files = [stack.enter_context((path / shard_name(0, 1)).open("wb")) for path in folders]
         for file in files:
             file.write(header(shapes, "BF16", 2))
-        _write_tensor(files, shape, np.random.Generator(np.random.SFC64(seed)))
+        draw = np.random.Generator(np.random.SFC64(seed))
+        for _ in range(count):
+            _write_tensor(files, shape, draw, spread)
     return folders
 
 
-def _write_tensor(files: Sequence[BinaryIO], shape: tuple[int, ...], draw: np.random.Generator) -> None:
-    left = math.prod(shape)
-    while left:
-        size = min(left, PIECE)
-        base = _rounded(draw.standard_normal(size, np.float32) * np.float32(0.02))
+def _write_tensor(
+    files: Sequence[BinaryIO], shape: tuple[int, ...], draw: np.random.Generator, spread: float = 0.0
+) -> None:
+    size, width = math.prod(shape), shape[-1]
+    rows = (
+        np.exp(draw.standard_normal((len(files), size // width), np.float32) * np.float32(spread)) if spread else None
+    )
+    for start in range(0, size, PIECE):
+        count = min(size - start, PIECE)
+        base = _rounded(draw.standard_normal(count, np.float32) * np.float32(0.02))
         files[0].write(base.tobytes())
-        for file in files[1:]:
-            delta = draw.standard_normal(size, np.float32) * np.float32(0.001)
+        for number, file in enumerate(files[1:]):
+            delta = draw.standard_normal(count, np.float32) * np.float32(0.001)
+            if rows is not None:
+                delta *= rows[number][np.arange(start, start + count) // width]
             file.write(_rounded(base.astype(np.float32) + delta).tobytes())
-        left -= size
 
 
 def _rounded(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:

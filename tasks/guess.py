@@ -45,10 +45,9 @@ DEVIATIONS = 6
 for rows and columns that are unlike each other:"""
 SPREAD = 1 / 512
 
-UNLIKE = 2.5
-"""How many more shares of the ranks for each standard error of the logarithm of the mean magnitude of the blocks of a
-sample: a magnitude that is off by a small factor moves a quantile of normal numbers by half as much of them at the most
-(0.484); so about five standard errors."""
+UNLIKE = 5
+"""The same in standard errors of the mean magnitude of the blocks of a sample, where they are unlike each other: times
+:func:`leverage`."""
 
 HIGHEST = 0x7F7FFFFF
 """Bits of the largest float32."""
@@ -193,33 +192,48 @@ def _errors(sample: Accumulator, size: int) -> Array:
 def _windows(counts: Array, spans: Array, size: int, wider: Array) -> tuple[Array, Array] | None:
     """Smallest keys and shifts of windows for spans of ranks, (models, ranks, 2); None if not all that are wanted.
 
-    `wider`, shape (models,), are shares of the ranks by which windows are wider on both sides.
+    `wider`, shape (models,), says by what share magnitudes may be off.
     """
     lows, shifts = np.full(spans.shape[:2], -1), np.zeros(spans.shape[:2], np.int64)
     for k, r in np.argwhere(~np.isnan(spans[:, :, 0])):
-        window = _window(counts[k], float(spans[k, r, 0]), float(spans[k, r, 1]), size, SPREAD + wider[k])
+        window = _window(counts[k], float(spans[k, r, 0]), float(spans[k, r, 1]), size, float(wider[k]))
         if window is None:
             return None
         lows[k, r], shifts[k, r] = window
     return lows, shifts
 
 
-def _window(counts: Array, lowest: float, highest: float, size: int, spread: float) -> tuple[int, int] | None:
+def _window(counts: Array, lowest: float, highest: float, size: int, wider: float) -> tuple[int, int] | None:
     """Smallest key and shift of a window that should hold ranks; None if the sample does not say."""
     taken = int(counts.sum())
     if taken == 0:
         return None
-    around = [_place(lowest / size, taken, -1, spread), _place(highest / size, taken, 1, spread)]
+    around = [_place(lowest / size, taken, -1, wider), _place(highest / size, taken, 1, wider)]
     ends = np.cumsum(counts)
     first, last = (int(place) for place in np.searchsorted(ends, np.clip(around, 0, taken - 1), side="right"))
     shift = (last - first).bit_length()
     return (first << 16, shift + 16 - BITS) if shift <= WIDEST else None
 
 
-def _place(share: float, taken: int, side: int, spread: float) -> float:
+def _place(share: float, taken: int, side: int, wider: float) -> float:
     """Rank in the sample that a quantile surely does not lie beyond, on one side."""
-    half = DEVIATIONS * math.sqrt(max(1.0, share * (1 - share) * taken)) + spread * taken
+    half = DEVIATIONS * math.sqrt(max(1.0, share * (1 - share) * taken)) + (SPREAD + wider * leverage(share)) * taken
     return share * taken + side * half
+
+
+def leverage(share: float) -> float:
+    """How much of the elements moves past the magnitude of a quantile if all are off by a small share: a bound for it.
+
+    Of normal numbers it is ``2 * z * pdf(z)`` where so many lie within z deviations, 0.484 at the most, and less in the
+    tails; of Laplace's it is less than this, too.
+
+    Examples
+    --------
+    >>> [round(leverage(share), 3) for share in (0.0, 0.1, 0.8, 0.99, 1.0)]
+    [0.0, 0.1, 0.5, 0.102, 0.0]
+    """
+    rest = 1.0 - share
+    return min(0.5, share, rest - 2 * rest * math.log(rest)) if 0 < share < 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,4 +327,4 @@ def _again(sample: Array, window: Window, rank: int, size: int) -> tuple[int, in
     seen = int(sample[: edge >> 16].sum())
     # What lies between the edge and the rank is as the sample has it, which is off by the same below and above.
     place = seen * size / int(sample.sum()) + rank - below
-    return _window(sample, place, place, size, SPREAD) if 0 <= place < size else None
+    return _window(sample, place, place, size, 0.0) if 0 <= place < size else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +149,15 @@ def test_a_difference_beyond_float32_in_a_sample_is_no_guide() -> None:
         sure, _ = run(replace(job, halves=False), streams, [], stored=False)
     assert made[:2] == ["sample", "coarse histogram"]
     np.testing.assert_array_equal(state["thresholds"], sure["thresholds"])
+
+
+@given(st.floats(1e-6, 1 - 1e-6))
+def test_a_leverage_is_a_bound(share: float) -> None:
+    """For numbers of a normal distribution and of Laplace's."""
+    normal = NormalDist()
+    deviations = normal.inv_cdf((1 + share) / 2)
+    assert guess.leverage(share) >= 0.999 * 2 * deviations * normal.pdf(deviations)
+    assert guess.leverage(share) >= 0.999 * -math.log1p(-share) * (1 - share)
 
 
 def test_one_block_tells_nothing_of_the_others() -> None:
