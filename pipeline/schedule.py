@@ -34,9 +34,8 @@ from mergepipe.pipeline.plan import Plan, PlannedTensor
 from mergepipe.pipeline.rounds import sweeps_ahead
 from mergepipe.storage.direct import IO_THREADS, SLACK_BYTES
 from mergepipe.storage.dtypes import DTYPES
-from mergepipe.tasks.blocks import block_elements
+from mergepipe.tasks.blocks import SAMPLED_AHEAD, block_elements
 from mergepipe.tasks.method import Reduction, expected_reads
-from mergepipe.tasks.nodes import SAMPLED_AHEAD
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.subspace.panels import UNIT_ELEMENTS, blocks_of, panel_floats, spans
 

@@ -15,6 +15,10 @@ SAMPLED_BLOCKS = 16
 LARGEST_SAMPLE = 512
 """or one in more, to be no more than these."""
 
+SAMPLED_AHEAD = 8
+"""Units of a sample that are announced with the tensor before: enough for workers that have to wait there. The sample
+of a large tensor would fill the memory that reads of the tensor at work need."""
+
 BLOCK_ELEMENTS = 65_536
 """Elements of a block: the grain of float64 partial sums, and the size of a tile."""
 

@@ -25,7 +25,7 @@ from mergepipe.storage.manifest import Segment
 from mergepipe.storage.readers import Reader
 from mergepipe.storage.writer import PAGE
 from mergepipe.tasks import convert
-from mergepipe.tasks.blocks import Blocks, block_bounds, sampled_every
+from mergepipe.tasks.blocks import SAMPLED_AHEAD, Blocks, block_bounds, sampled_every
 from mergepipe.tasks.method import (
     Accumulator,
     Array,
@@ -43,11 +43,6 @@ from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.sources import TensorSource
 
 T = TypeVar("T")
-
-
-SAMPLED_AHEAD = 8
-"""Units of a sample that are announced with the tensor before: enough for workers that have to wait there. The sample
-of a large tensor would fill the memory that reads of the tensor at work need."""
 
 
 class Sink(Protocol):

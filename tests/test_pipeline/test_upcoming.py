@@ -22,7 +22,8 @@ from mergepipe.pipeline.upcoming import BUNDLES_AHEAD, Upcoming
 from mergepipe.storage.direct import DirectReader
 from mergepipe.storage.manifest import Segment
 from mergepipe.storage.workspace import Workspace
-from mergepipe.tasks.nodes import SAMPLED_AHEAD, TensorWork, Turn
+from mergepipe.tasks.blocks import SAMPLED_AHEAD
+from mergepipe.tasks.nodes import TensorWork, Turn
 from support.jobs import build_job, write_job
 
 
