@@ -6,6 +6,7 @@ of common matrices, and as a vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from benchmarks.bench_kernels import nanoseconds, random_streams
 from benchmarks.report import Report, common_options
 from mergepipe.tasks import convert, rows, stored_rows
 from mergepipe.tasks.blocks import Blocks, block_bounds
-from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, stored_sweep
+from mergepipe.tasks.listed import Listed, Room
+from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile, stored_sweep, values_listed
 from mergepipe.tasks.registry import METHODS
 
 UNIT = 64
@@ -25,12 +27,16 @@ UNIT = 64
 
 
 class Fusion:
-    """A bf16 primary and its donors in memory, of one shape, fused as a run does it: from stored bits or by tiles."""
+    """A bf16 primary and its donors in memory, of one shape, fused as a run does it: from stored bits or by tiles.
 
-    def __init__(self, streams: list[Array], shape: tuple[int, ...], importance: str) -> None:
+    With `guessed` as a run does it where they can't be held.
+    """
+
+    def __init__(self, streams: list[Array], shape: tuple[int, ...], importance: str, *, guessed: bool = False) -> None:
         self.method, self.streams, donors = METHODS["scf_rkl"], streams, len(streams) - 1
         params = {p.name: p.default for p in self.method.parameters} | {"importance": importance}
-        self.job = Job("w", shape, donors, np.dtype(np.float32), params, ({},) * donors)
+        listed = sys.maxsize if guessed else 0
+        self.job = Job("w", shape, donors, np.dtype(np.float32), params, ({},) * donors, halves=True, listed=listed)
         self.state: State = {}
         longest = block_bounds(shape, 0)[1]
         self.base = np.empty(longest, np.float32)
@@ -42,9 +48,11 @@ class Fusion:
     def sweep(self, reduction: Reduction) -> None:
         """One sweep, whatever the state says."""
         counts, row = reduction.shapes(self.job)
+        most = values_listed([reduction], self.job)
         collected = Accumulator(
             None if counts is None else np.zeros(counts, np.int64),
             None if row is None else np.zeros((self.job.blocks, *row)),
+            Listed(most, Room(most)) if most else None,
         )
         stored = stored_sweep(reduction, self.job, self.state)
         for unit in self.units():
@@ -111,7 +119,9 @@ def main(size: int, donors: int, repeats: int, quick: bool, json_path: Path | No
     memcpy = report.memcpy(streams[0], repeats)
     for width in (4096, size // 2):
         for importance in ("delta_kl", "pointwise"):
-            report_merge(report, Fusion(streams, (size // width, width), importance), memcpy, repeats)
+            report_merge(report, importance, Fusion(streams, (size // width, width), importance), memcpy, repeats)
+    guessed = Fusion(streams, (size // 4096, 4096), "delta_kl", guessed=True)
+    report_merge(report, "delta_kl, guessed", guessed, memcpy, repeats)
     report.save(json_path)
 
 
@@ -149,12 +159,14 @@ def report_rows(report: Report, streams: list[Array], repeats: int) -> None:
         report.add(f"row divergence{what}, stored rows of 4096, donors: {len(donors)}", times, "ns")
 
 
-def report_merge(report: Report, fusion: Fusion, memcpy: float, repeats: int) -> None:
+def report_merge(report: Report, way: str, fusion: Fusion, memcpy: float, repeats: int) -> None:
     """Every sweep of a merge and its kernel, decoding included."""
     size, width, read = fusion.job.size, fusion.job.shape[-1], 2 * len(fusion.streams)
-    what = f"{fusion.job.params['importance']}, rows of {width}"
+    what = f"{way}, rows of {width}"
     total = 0.0
     for reduction in fusion.method.reductions(fusion.job):
+        if not reduction.needed(fusion.job, fusion.state):
+            continue
         times = nanoseconds(partial(fusion.sweep, reduction), size, repeats)
         total += report.add(f"{what}: {reduction.name}", times, "ns")
         report.add_rate(f"{what}: {reduction.name}", times, read, memcpy)

@@ -63,6 +63,7 @@ from mergepipe.storage.statistics import StatisticsStore
 from mergepipe.storage.workspace import Workspace
 from mergepipe.storage.writer import SealedShard
 from mergepipe.tasks.copy_nodes import TensorCopy
+from mergepipe.tasks.listed import Room
 from mergepipe.tasks.matrix_nodes import MatrixWork
 from mergepipe.tasks.method import Job, MergeMethod, State, lasting
 from mergepipe.tasks.nodes import Nowhere, TensorWork, WorkerBuffers
@@ -132,6 +133,7 @@ class Execution:
         # What adjustments need is read while a unit's own windows are held: never from a direct reader's pool.
         self._beside = MmapReader(files=self._reading.files)
         self._buffers = WorkerBuffers()
+        self._room = Room(max((item.listed for item in self.scheduled), default=0))
         self._lock = threading.Lock()
 
     def _settle_scoring(self, ceiling: Ceiling, gathered: Sequence[bool]) -> str:
@@ -423,6 +425,7 @@ class Execution:
             carried=self._carried(number),
             scorer=self._scorer,
             importances=[self._source(source, tensor.work) for source in tensor.importances],
+            room=self._room,
         )
 
     def _given_to(self, tensor: PlannedTensor) -> State:
@@ -443,7 +446,8 @@ class Execution:
         tensor = self.plan.tensors[number]
         base = None if tensor.base is None else self._source(tensor.base, tensor.work)
         models = [self._source(source, tensor.work) for source in tensor.models]
-        return tensor.job(self.plan.seed), find_method(tensor.method), base, models, tensor.dtype
+        job = replace(tensor.job(self.plan.seed), listed=self.scheduled[number].listed)
+        return job, find_method(tensor.method), base, models, tensor.dtype
 
     def _reporter(self, number: int) -> Callable[[str, int], None]:
         name = self.plan.tensors[number].name

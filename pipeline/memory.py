@@ -165,11 +165,14 @@ class TensorShape:
         float64 partials kept for all its blocks.
     held : int
         Bytes of what adjustments of its inputs need: scales of 8-bit weights, factors of adapters.
+    listed : int
+        float32 numbers that a sweep lists one by one, at the most; all tensors at work list no more together.
     """
 
     counts: int
     blocks: int
     held: int = 0
+    listed: int = 0
 
 
 def accumulator_bytes(tensor: TensorShape, workers: int) -> int:
@@ -232,7 +235,8 @@ class Ceiling:
 
     def kept(self, tensor: TensorShape) -> int:
         """What tensors in flight keep while their units run; each worker may be at one with adjustments of its own."""
-        return TENSORS_IN_FLIGHT * accumulator_bytes(tensor, self.workers) + (self.workers + 1) * tensor.held
+        accumulators = TENSORS_IN_FLIGHT * accumulator_bytes(tensor, self.workers)
+        return accumulators + (self.workers + 1) * tensor.held + 4 * tensor.listed
 
     def units_bytes(self, unit: UnitShape) -> int:
         """What all workers' units of this shape take, and those that are made and not written yet."""

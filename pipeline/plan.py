@@ -197,7 +197,7 @@ class PlannedTensor:
             self.sparsify_params,
             seed,
             self.scope,
-            all(source.dtype == "BF16" for source in self.sources),
+            all(source.dtype == "BF16" and not source.adjust for source in self.sources),
             self.offset,
         )
 

@@ -6,6 +6,7 @@ cut changes no byte of the result, only how much memory and how many tasks it ta
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,7 +36,7 @@ from mergepipe.pipeline.rounds import sweeps_ahead
 from mergepipe.storage.direct import IO_THREADS, SLACK_BYTES
 from mergepipe.storage.dtypes import DTYPES
 from mergepipe.tasks.blocks import SAMPLED_AHEAD, block_elements
-from mergepipe.tasks.method import Reduction, expected_reads
+from mergepipe.tasks.method import Job, Reduction, expected_reads, values_listed
 from mergepipe.tasks.registry import method as find_method
 from mergepipe.tasks.subspace.panels import UNIT_ELEMENTS, blocks_of, panel_floats, spans
 
@@ -85,6 +86,8 @@ class ScheduledTensor:
         How often its own sweeps are expected to read it.
     streamed : int
         What a direct reader has use for while its units run one after another: one per worker, and one read ahead.
+    listed : int
+        Numbers that its sweeps may list, of which there is room for the most that any tensor has.
     """
 
     tensor: PlannedTensor
@@ -97,6 +100,7 @@ class ScheduledTensor:
     rounds: tuple[str, ...] = ()
     sweep_reads: float = 0.0
     streamed: int = 0
+    listed: int = 0
 
     def of(self, tensor: PlannedTensor) -> ScheduledTensor:
         """Another tensor of the same kind, cut alike."""
@@ -111,6 +115,7 @@ class ScheduledTensor:
             self.rounds,
             self.sweep_reads,
             self.streamed,
+            self.listed,
         )
 
     @property
@@ -174,8 +179,27 @@ def schedule(plan: Plan, ceiling: Ceiling, *, gathered: Sequence[bool] = ()) -> 
     first: dict[Hashable, PlannedTensor] = {}
     for key, tensor in zip(keys, plan.tensors, strict=True):
         first.setdefault(key, tensor)
-    items = dict(zip(first, _schedule(list(first.values()), plan, ceiling, gathered, ahead), strict=True))
+    kinds = list(first.values())
+    items = dict(zip(first, _beside_lists(kinds, plan, ceiling, gathered, ahead), strict=True))
     return tuple(items[key].of(tensor) for key, tensor in zip(keys, plan.tensors, strict=True))
+
+
+def _beside_lists(
+    tensors: Sequence[PlannedTensor], plan: Plan, ceiling: Ceiling, gathered: Sequence[bool], ahead: Ahead
+) -> list[ScheduledTensor]:
+    """The first tensor of each kind, cut so that each leaves room for what another one may list meanwhile.
+
+    Where one does not, none lists anything.
+    """
+    items = _schedule(tensors, plan, ceiling, gathered, ahead)
+    most = max((item.listed for item in items), default=0)
+    found = []
+    for item in items:
+        more = 4 * (most - item.listed)
+        if item.pool - more < min(item.pool, item.streamed):
+            return _schedule(tensors, plan, ceiling, gathered, ahead, lists=False)
+        found.append(replace(item, projected=item.projected + more, pool=item.pool - more))
+    return found
 
 
 def _key(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool], ahead: Sequence[Reduction]) -> Hashable:
@@ -188,7 +212,13 @@ def _key(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool], ahead: Seq
 
 
 def _schedule(
-    tensors: Sequence[PlannedTensor], plan: Plan, ceiling: Ceiling, gathered: Sequence[bool], ahead: Ahead
+    tensors: Sequence[PlannedTensor],
+    plan: Plan,
+    ceiling: Ceiling,
+    gathered: Sequence[bool],
+    ahead: Ahead,
+    *,
+    lists: bool = True,
 ) -> list[ScheduledTensor]:
     """The first tensor of each kind, cut into units."""
     if plan.vocabulary is not None:
@@ -198,7 +228,7 @@ def _schedule(
     whole = {name: shape for name, shape in found.items() if shape is not None}
     if not whole:
         try:
-            return [_cut(tensor, plan, ceiling, gathered, ahead) for tensor in tensors]
+            return [_cut(tensor, plan, ceiling, gathered, ahead, lists) for tensor in tensors]
         except MemoryBudgetError:
             worst = max(tensors, key=lambda tensor: _smallest(tensor, plan, ceiling, gathered, ahead))
             _cut(worst, plan, ceiling, gathered, ahead)  # names the ceiling that would do for all
@@ -221,7 +251,7 @@ def _schedule(
     return [
         _whole(tensor, plan, ceiling, whole[tensor.name], ahead)
         if tensor.name in whole
-        else _cut(tensor, plan, rest, gathered, ahead)
+        else _cut(tensor, plan, rest, gathered, ahead, lists)
         for tensor in tensors
     ]
 
@@ -300,7 +330,7 @@ def pool_bytes(scheduled: Sequence[ScheduledTensor]) -> int:
     The first touch of a page costs more than reading into it does, so a large ceiling is no reason for a large pool.
     """
     room = min((item.pool for item in scheduled), default=0)
-    inputs = sum(_resident_bytes(item) for item in scheduled)
+    inputs = sum(_resident_bytes(item.tensor, len(item.units)) for item in scheduled)
     turns = sum(_turns(item) for item in scheduled if not is_resident(item, room))
     use = room if turns >= MANY_TURNS else max((_useful_bytes(item, room) for item in scheduled), default=0)
     return max(0, min(room, inputs, max(use, SETS_KEPT * MAX_BUNDLE_BYTES)))
@@ -311,7 +341,7 @@ def _useful_bytes(item: ScheduledTensor, room: int) -> int:
     if item.held:
         return room
     if is_resident(item, room):
-        return SETS_KEPT * _resident_bytes(item)
+        return SETS_KEPT * _resident_bytes(item.tensor, len(item.units))
     return item.streamed * (TURNED if _turns(item) > 1 else 1)
 
 
@@ -325,7 +355,11 @@ def _turns(item: ScheduledTensor) -> int:
 
 def is_resident(item: ScheduledTensor, pool: int) -> bool:
     """Whether a direct reader can keep all of a tensor's inputs, and those of others beside, until the last use."""
-    return RESIDENT_SHARE * _resident_bytes(item) <= pool
+    return _fits(_resident_bytes(item.tensor, len(item.units)), pool)
+
+
+def _fits(nbytes: int, pool: int) -> bool:
+    return RESIDENT_SHARE * nbytes <= pool
 
 
 def disk_bytes_read(item: ScheduledTensor, pool: int) -> int:
@@ -349,13 +383,19 @@ def _kept_bytes(item: ScheduledTensor, pool: int) -> int:
     return min(kept, item.tensor.input_bytes())
 
 
-def _resident_bytes(item: ScheduledTensor) -> int:
-    windows = len(item.units) * max(1, len(item.tensor.sources))
-    return item.tensor.input_bytes() + windows * SLACK_BYTES
+def _resident_bytes(tensor: PlannedTensor, units: int) -> int:
+    """What all inputs of a tensor take in a pool."""
+    windows = units * max(1, len(tensor.sources))
+    return tensor.input_bytes() + windows * SLACK_BYTES
 
 
 def _cut(
-    tensor: PlannedTensor, plan: Plan, ceiling: Ceiling, gathered: Sequence[bool], ahead: Ahead
+    tensor: PlannedTensor,
+    plan: Plan,
+    ceiling: Ceiling,
+    gathered: Sequence[bool],
+    ahead: Ahead,
+    lists: bool = True,
 ) -> ScheduledTensor:
     size = int(np.prod(tensor.shape, dtype=np.int64))
     itemsize = DTYPES[tensor.dtype].itemsize
@@ -368,18 +408,39 @@ def _cut(
         projected, pool = ceiling.projected(unit, none), ceiling.pool_bytes(unit, none)
         return ScheduledTensor(tensor, units, (), projected, pool, streamed=ceiling.streamed_bytes(unit))
     job = tensor.job(plan.seed)
-    sweeps = find_method(tensor.method).reductions(job)
-    unit, kept, block = _unit(tensor, plan, gathered, ahead)
+    unit, kept, block = _unit(tensor, plan, gathered, ahead, job)
     step = ceiling.blocks_per_unit(unit, kept, blocks_in(plan.chunk_bytes, itemsize, block), block, tensor.name)
     step = min(step, max(1, job.blocks))
     units = tuple((first, min(first + step, job.blocks)) for first in range(0, job.blocks, step))
     full = replace(unit, elements=min(step * block, max(1, size)))
+    streamed = ceiling.streamed_bytes(full)
+    # Lists save a read of what can't be kept, wherever the pool can do without the room they take.
+    listing = replace(job, listed=_listed(job, tensor))
+    _, wider, _ = _unit(tensor, plan, gathered, ahead, listing)
+    kept_whole = _fits(_resident_bytes(tensor, len(units)), ceiling.pool_bytes(full, kept))
+    if lists and wider.listed and not kept_whole and ceiling.pool_bytes(full, wider) >= streamed:
+        job, kept = listing, wider
+    sweeps = find_method(tensor.method).reductions(job)
     names = tuple(sweep.name for sweep in sweeps)
     rounds = tuple(sweep.name for sweep in ahead.get(tensor.name, ()))
     projected, pool = ceiling.projected(full, kept), ceiling.pool_bytes(full, kept)
-    reads = expected_reads(sweeps, job)
-    streamed = ceiling.streamed_bytes(full)
-    return ScheduledTensor(tensor, units, names, projected, pool, rounds=rounds, sweep_reads=reads, streamed=streamed)
+    return ScheduledTensor(
+        tensor,
+        units,
+        names,
+        projected,
+        pool,
+        rounds=rounds,
+        sweep_reads=expected_reads(sweeps, job),
+        streamed=streamed,
+        listed=job.listed,
+    )
+
+
+def _listed(job: Job, tensor: PlannedTensor) -> int:
+    """What the sweeps of a tensor would list if there were room for everything."""
+    unbounded = replace(job, listed=sys.maxsize)
+    return values_listed(find_method(tensor.method).reductions(unbounded), unbounded)
 
 
 def _copied_unit(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool]) -> UnitShape:
@@ -389,11 +450,11 @@ def _copied_unit(tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool]) ->
 
 
 def _unit(
-    tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool], ahead: Ahead
+    tensor: PlannedTensor, plan: Plan, gathered: Sequence[bool], ahead: Ahead, job: Job | None = None
 ) -> tuple[UnitShape, TensorShape, int]:
     """A unit of one block, what the reductions keep, and the elements of a block."""
     itemsize = DTYPES[tensor.dtype].itemsize
-    job = tensor.job(plan.seed)
+    job = tensor.job(plan.seed) if job is None else job
     method = find_method(tensor.method)
     sweeps = (*ahead.get(tensor.name, ()), *method.reductions(job))
     shapes = [sweep.shapes(job) for sweep in sweeps]
@@ -401,6 +462,7 @@ def _unit(
         counts=max((_length(counts) for counts, _ in shapes), default=0),
         blocks=job.blocks * max((_length(row) for _, row in shapes), default=0),
         held=tensor.held_bytes(),
+        listed=values_listed(sweeps, job),
     )
     block = block_elements(tensor.shape)
     unit = UnitShape(

@@ -12,7 +12,7 @@ Blocks = tuple[int, int]
 
 SAMPLED_BLOCKS = 16
 """One block in so many is read for a sample, however blocks are shared out among units,"""
-LARGEST_SAMPLE = 512
+LARGEST_SAMPLE = 256
 """or one in more, to be no more than these."""
 
 SAMPLED_AHEAD = 8
@@ -96,6 +96,6 @@ def sampled_every(blocks: int) -> int:
     Examples
     --------
     >>> sampled_every(100), sampled_every(16_032)
-    (16, 32)
+    (16, 63)
     """
     return max(SAMPLED_BLOCKS, -(-blocks // LARGEST_SAMPLE))

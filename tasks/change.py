@@ -15,7 +15,7 @@ import numpy as np
 
 from mergepipe.tasks import kernels, row_sums, rows
 from mergepipe.tasks.fusion import Settings, Stage
-from mergepipe.tasks.fusion_sweeps import row_sweeps
+from mergepipe.tasks.fusion_rows import row_sweeps
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.method import Accumulator, Array, Job, Reduction, State, Tile
 

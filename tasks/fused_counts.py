@@ -222,7 +222,7 @@ def _near(
                 lower = _mark(keys[: stop - start], low, width, marks)
                 if counts.shape[1] > counters:
                     counts[r, counters] += lower
-                size = _gather(marks, words, full, found)
+                size = gather(marks, words, full, found)
                 own = aside[:, r * ASIDE : (r + 1) * ASIDE]
                 used[r] = _count_found(keys, found[:size], low, shifts[r], counts[r], own, used[r])
     return worst
@@ -255,7 +255,7 @@ def _mark(keys: Array, low: Any, width: Any, marks: Array) -> Any:
 
 
 @uncounted
-def _gather(marks: Array, words: Array, full: Array, found: Array) -> Any:
+def gather(marks: Array, words: Array, full: Array, found: Array) -> Any:
     """The places that are marked into `found`; how many there are.
 
     Eight marks are looked at as one word, and most words are zero. No branch asks for a word or a mark: among many, it

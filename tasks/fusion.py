@@ -4,8 +4,9 @@ What `scf_rkl` and `arcee_fusion` share. A *stage* fuses some donors into one pr
 winner takes an element, one after another where donors are folded in, each into what the stages before it left. A
 stage sweeps the tensor for the statistics of its rows (one sweep, fused with the first count; two and a count where a
 row is wider than a block), then for the exact threshold of the scores, which are computed anew in each sweep and never
-kept: :mod:`mergepipe.tasks.fusion_sweeps`. With ``scope: model`` the threshold is that of all tensors together, from
-rounds over the model. What later stages and the kernel need of a stage is its row statistics and its threshold.
+kept: :mod:`mergepipe.tasks.fusion_sweeps`. Where that would read a tensor once more, it guesses:
+:mod:`mergepipe.tasks.fusion_guess`. With ``scope: model`` the threshold is that of all tensors together, from rounds
+over the model. What later stages and the kernel need of a stage is its row statistics and its threshold.
 
 The state: ``thresholds``, ``densities`` (fraction of elements taken of each donor), ``row_kl`` (mean divergence of the
 rows) and ``kept_norms`` (norm of the differences taken over that of all), float64, shape (models,); and per stage,

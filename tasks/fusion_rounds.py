@@ -12,7 +12,7 @@ import numpy as np
 
 from mergepipe.errors import Fault, RecipeError
 from mergepipe.tasks.fusion import Settings, Stage, primary_of, score, stages
-from mergepipe.tasks.fusion_sweeps import row_sweeps
+from mergepipe.tasks.fusion_rows import row_sweeps
 from mergepipe.tasks.method import Array, Job, Reduction, Round, State, Tile
 from mergepipe.tasks.whole_select import Scores, selection
 

@@ -1,7 +1,7 @@
-"""Coordinate fusion on a GPU: the sweep that measures rows and counts their scores, a batch of blocks at a time.
+"""Coordinate fusion on a GPU: the sweep that measures rows and counts or lists scores, a batch of blocks at a time.
 
 It is the one sweep whose arithmetic, two exponentials per element in float64, outweighs its reading. What it leaves is
-what :class:`mergepipe.tasks.fusion_sweeps.Divergences` leaves, bit for bit, so all later sweeps are the CPU's.
+what :class:`mergepipe.tasks.fusion_rows.Divergences` leaves, bit for bit, so all later sweeps are the CPU's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mergepipe.tasks import rows
 from mergepipe.tasks.blocks import block_elements
 from mergepipe.tasks.fusion import Settings, Stage, primary_of
+from mergepipe.tasks.fusion_guess import WINDOW, put, tallies_of
 from mergepipe.tasks.method import Accumulator, Array, Job, State, Tile
 from mergepipe.tasks.rows_torch import (
     Lane,
@@ -20,6 +21,7 @@ from mergepipe.tasks.rows_torch import (
     batch_blocks,
     block_energies,
     count_top,
+    list_scores,
     measure_rows,
     score_delta,
     score_points,
@@ -43,7 +45,8 @@ def measure(
     with scorer.lane() as lane:
         staged = lane.stage(len(stage.donors) + 1, at_once * length, work)
         while filled := list(_stage_tiles(stage, job, state, islice(left, at_once), staged)):
-            _measure_batch(stage, job, accumulator, filled[0][0], staged[:, : sum(n for _, n in filled)], lane)
+            values = staged[:, : sum(n for _, n in filled)]
+            _measure_batch(stage, job, state, accumulator, filled[0][0], values, lane)
 
 
 def _stage_tiles(
@@ -59,7 +62,9 @@ def _stage_tiles(
         yield tile.index, n
 
 
-def _measure_batch(stage: Stage, job: Job, accumulator: Accumulator, first: int, staged: Array, lane: Lane) -> None:
+def _measure_batch(
+    stage: Stage, job: Job, state: State, accumulator: Accumulator, first: int, staged: Array, lane: Lane
+) -> None:
     """Measure some blocks, the first of which is number `first`; shape (1 + donors, n)."""
     assert accumulator.blocks is not None
     settings, width = stage.settings, rows.row_width(job)
@@ -74,8 +79,17 @@ def _measure_batch(stage: Stage, job: Job, accumulator: Accumulator, first: int,
             own = accumulator.blocks[first + number, j]
             own[: part.size] = part.reshape(-1)
             own[-1] = energy
-        if accumulator.counts is not None:
-            count_top(_scores(settings, primary, donor, found), accumulator.counts[j])
+        if accumulator.counts is None:
+            continue
+        own_scores = _scores(settings, primary, donor, found)
+        if WINDOW in state:
+            last = first + len(energies)
+            where = accumulator.blocks[first:last, j, per_block * settings.columns : -1]
+            tally, (low, high) = tallies_of(accumulator)[j], state[WINDOW][j].tolist()
+            run = list_scores(primary, donor, own_scores, found[:, 0], low, high, tally, where)
+            put(accumulator, where[:, -1], run)
+        else:
+            count_top(own_scores, accumulator.counts[0, j])
 
 
 def _scores(settings: Settings, primary: torch.Tensor, donor: torch.Tensor, found: Array) -> torch.Tensor:

@@ -27,6 +27,7 @@ from mergepipe.tasks.blocks import Blocks, block_count, sampled_every
 from mergepipe.tasks.parameter import Parameter
 
 if TYPE_CHECKING:
+    from mergepipe.tasks.listed import Listed
     from mergepipe.tasks.philox import Draw
 
 Array = npt.NDArray[Any]
@@ -37,7 +38,7 @@ A public name is of the same shape for every tensor of a merge and is kept as a 
 underscore is the method's own, of any shape.
 """
 
-PASSING = frozenset({"histogram", "_near_sample"})
+PASSING = frozenset({"histogram", "_near_sample", "_scores_sample", "_scores_window", "_scores_moved"})
 """Entries of a state that later sweeps of the same tensor read and nobody else: large, and kept nowhere."""
 
 
@@ -86,11 +87,13 @@ class Job:
     scope : {'tensor', 'model'}
         Where thresholds are taken: over this tensor, or over all that are merged in the same way.
     halves : bool
-        Whether all inputs are stored as bfloat16, whose differences have few significant bits: decides about the way
-        to a result, never about the result.
+        Whether all inputs are stored as bfloat16 and taken as they are, so that differences have few significant bits:
+        decides about the way to a result, never about the result.
     offset : int
         Position of the first model among all models of the merge, where those before it have been merged already and
         come in as what an earlier merge carried over.
+    listed : int
+        Numbers that its sweeps may list, at the most: likewise.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Job:
     scope: str = "tensor"
     halves: bool = False
     offset: int = 0
+    listed: int = 0
 
     @property
     def size(self) -> int:
@@ -164,10 +168,13 @@ class Accumulator:
         order.
     blocks : float64 ndarray, shape (blocks, ...), or None
         One row per block, written by whoever holds that block.
+    listed : Listed or None
+        Numbers that it lists one by one, all workers into the same list; of a reduction that lists some.
     """
 
     counts: Array | None = None
     blocks: Array | None = None
+    listed: Listed | None = None
 
     @property
     def counted(self) -> Array:
@@ -179,9 +186,9 @@ class Accumulator:
 class Reduction(Protocol):
     """One sweep over a tensor. Implementations are stateless: everything they know is in `job` and `state`.
 
-    Four more attributes are optional: `stored`, see :func:`stored_sweep`; `reads`, see :func:`expected_reads`;
-    `leaves`, see :func:`values_left`; and `sampled`, true for a sweep to which some blocks will do where the others
-    would have to be read for it.
+    Five more attributes are optional: `stored`, see :func:`stored_sweep`; `reads`, see :func:`expected_reads`;
+    `leaves`, see :func:`values_left`; `lists`, see :func:`values_listed`; and `sampled`, true for a sweep to which some
+    blocks will do where the others would have to be read for it.
     """
 
     @property
@@ -222,6 +229,11 @@ def values_left(sweeps: Iterable[Reduction], job: Job) -> int:
     ``leaves(job)``.
     """
     return sum(getattr(sweep, "leaves", _few)(job) for sweep in sweeps)
+
+
+def values_listed(sweeps: Iterable[Reduction], job: Job) -> int:
+    """How many float32 numbers a sweep lists one by one, at the most: as its method ``lists(job)`` says."""
+    return max((getattr(sweep, "lists", _few)(job) for sweep in sweeps), default=0)
 
 
 def _few(job: Job) -> int:

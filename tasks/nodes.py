@@ -26,6 +26,7 @@ from mergepipe.storage.readers import Reader
 from mergepipe.storage.writer import PAGE
 from mergepipe.tasks import convert
 from mergepipe.tasks.blocks import SAMPLED_AHEAD, Blocks, block_bounds, sampled_every
+from mergepipe.tasks.listed import Listed, Room
 from mergepipe.tasks.method import (
     Accumulator,
     Array,
@@ -38,6 +39,7 @@ from mergepipe.tasks.method import (
     expected_reads,
     is_sample,
     stored_sweep,
+    values_listed,
 )
 from mergepipe.tasks.rows_torch import Scorer
 from mergepipe.tasks.sources import TensorSource
@@ -144,6 +146,8 @@ class TensorWork:
         What an earlier merge, or an earlier stage of this one, has carried over: a task vector, no model.
     importances : sequence of TensorSource, optional
         One per model, for a method that takes them.
+    room : Room, optional
+        Where sweeps take what they list from; all of it by default.
     """
 
     steps: tuple[str, ...] = ()
@@ -170,6 +174,7 @@ class TensorWork:
         scorer: Scorer | None = None,
         carried: TensorSource | None = None,
         importances: Sequence[TensorSource] = (),
+        room: Room | None = None,
     ) -> None:
         self.job = job
         self.method = method
@@ -191,6 +196,7 @@ class TensorWork:
         self._stop = stop
         self._report = report
         self._scorer = scorer
+        self._room = Room(job.listed) if room is None else room
         self._lock = threading.Lock()
         plain = all(source.dtype == "BF16" and source.adjuster is None for source in self.sources)
         self._all_bf16 = plain and job.work == np.float32
@@ -289,7 +295,7 @@ class TensorWork:
             if len(self.sweep_units) > 1:
                 counts = self._buffers.get("counts", total.counts.shape, np.int64)
                 counts.fill(0)
-        mine = Accumulator(counts, total.blocks)
+        mine = Accumulator(counts, total.blocks, total.listed)
         looks = self._looked_at(reduction, self._unit_of(sweep, unit))
         if self._scorer is not None and can_offload(reduction):
             for blocks in looks:
@@ -333,6 +339,8 @@ class TensorWork:
             accumulator = self._accumulator(sweep, reduction)
             self.state = {**self.state, **reduction.combine(self.job, self.state, accumulator)}
             self._accumulators.pop(sweep, None)
+            if accumulator.listed is not None:
+                accumulator.listed.close()
         self._turn.reach(sweep + 1, 0)
         if sweep == len(self.sweeps) - 1 and self._on_state is not None:
             self._on_state(self.state)
@@ -416,9 +424,11 @@ class TensorWork:
         with self._lock:
             if sweep not in self._accumulators:
                 counts, row = reduction.shapes(self.job)
+                most = values_listed([reduction], self.job)
                 self._accumulators[sweep] = Accumulator(
                     None if counts is None else np.zeros(counts, np.int64),
                     None if row is None else np.zeros((self.job.blocks, *row), np.float64),
+                    Listed(most, self._room) if most else None,
                 )
             return self._accumulators[sweep]
 

@@ -7,8 +7,8 @@ where it was made. The tests compare bits wherever there is a GPU; still work is
 another in the middle (:mod:`mergepipe.pipeline.devices`).
 
 Blocks are staged in pinned memory that is used again and again, sent over, measured a batch at a time, and only a few
-numbers per row and a histogram come back: :class:`Scorer`. Rows are whole within a block; those of wider tensors are
-the CPU's.
+numbers per row and a histogram come back, or what lies in a window: :class:`Scorer`. Rows are whole within a block;
+those of wider tensors are the CPU's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import numpy as np
 from mergepipe.tasks import exponentials, row_sums, rows
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
+from mergepipe.tasks.score_lists import pack_rows
+from mergepipe.tasks.squares import SQUARES, grid_of
 
 if TYPE_CHECKING:
     import torch
@@ -304,6 +306,70 @@ def count_top(scores: torch.Tensor, counts: Array) -> None:
     keys = scores.reshape(-1).view(torch.int64 if wide else torch.int32)
     tops = (keys & (2**63 - 1 if wide else 2**31 - 1)) >> (48 if wide else 16)
     counts += torch.bincount(tops, minlength=len(counts)).cpu().numpy()
+
+
+def _squares_where(above: torch.Tensor, deltas: torch.Tensor, divergences: Array) -> Array:
+    """As :func:`mergepipe.tasks.squares.squares_above` of rows: int64, shape (SQUARES,)."""
+    import torch
+
+    values, squares = deltas * deltas, np.zeros(SQUARES, np.int64)
+    grids = [grid_of(divergence) for divergence in divergences]
+    places, bits = (np.array([grid[part] for grid in grids], np.int64) for part in (0, 2))
+    rounding, most = (
+        torch.tensor([[grid[part]] for grid in grids], dtype=torch.float64, device=values.device) for part in (1, 3)
+    )
+    by_row = above & (deltas.abs() < most)
+    counted = (values + rounding).view(torch.int64) - torch.from_numpy(bits).to(values.device)[:, None]
+    counted = torch.where(by_row, counted, 0)
+    for shift, part in ((0, counted & 0x3FFFFFFF), (30, counted >> 30)):
+        np.add.at(squares, places + shift, part.sum(dim=1).cpu().numpy())
+    rounded = (values[above & ~by_row].view(torch.int64) + (1 << 21)) >> 22
+    exponents = rounded >> 30
+    found = torch.zeros(SQUARES, dtype=torch.int64, device=values.device)
+    found.scatter_add_(0, exponents, (rounded & 0x3FFFFFFF) | ((exponents > 0).to(torch.int64) << 30))
+    squares += found.cpu().numpy()
+    return squares
+
+
+def list_scores(
+    primary: torch.Tensor, donor: torch.Tensor, scores: torch.Tensor, divergences: Array, low: int, high: int,
+    tally: Array, where: Array,
+) -> Array:  # fmt: skip
+    """As :func:`mergepipe.tasks.score_lists.list_row`, of blocks of whole rows, float32, shape (rows, width).
+
+    Parameters
+    ----------
+    primary, donor, scores : torch.Tensor
+    divergences : float64 ndarray, shape (rows,)
+    low, high : int
+    tally : int64 ndarray, shape (2, SQUARES)
+        Added to.
+    where : float64 ndarray, shape (blocks, 2 * rows of a block + 1)
+        Gets what `list_row` says of each row and, in the last place, where the block begins in what is returned.
+
+    Returns
+    -------
+    float32 ndarray
+        The list.
+    """
+    import torch
+
+    keys = scores.view(torch.int32)
+    inside, above = (keys >= low) & (keys < high), keys >= high
+    tally[0, :2] += int((keys < low).sum()), int(inside.sum())
+    deltas = donor - primary
+    tally[1] += _squares_where(above, deltas.to(torch.float64), divergences)
+    listed, each = deltas[inside].abs().cpu().numpy(), inside.sum(dim=1).cpu().numpy()
+    blocks, most = len(where), where.shape[1] // 2
+    rows_listed, packed = np.empty((2, len(each))), np.zeros((2, blocks * most))
+    size = pack_rows(listed, each, rows_listed)
+    packed[:, : len(each)] = rows_listed
+    packed = packed.reshape(2, blocks, most)
+    where[:, :most], where[:, most:-1] = packed
+    sizes = (packed[0] + 2 * packed[1]).sum(axis=1)
+    where[:, -1] = np.cumsum(sizes) - sizes
+    found: Array = listed[:size]
+    return found
 
 
 class Lane:

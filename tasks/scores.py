@@ -12,13 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from mergepipe.tasks.fused_counts import gather
 from mergepipe.tasks.jit import inlined, kernel, uncounted
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
+from mergepipe.tasks.squares import squares_above
 
 STRIP = 2048
 """Elements whose scores the loops over stored bits keep at a time, a multiple of the lanes: a few strips fill a
-first-level cache. A block is cut into strips whatever its rows are."""
+first-level cache."""
+
+FINE_BINS = 1 << 16
+
+UNIT_BITS = 52
+"""Squares inside a bin are counted in units of the whole sum over two to this."""
 
 AT_ONCE = 8
 """Most donors that one loop takes from at once: with twice as many it is not vectorised, and ten times slower."""
@@ -60,40 +67,86 @@ def score_delta(a: Array, b: Array, width: int, rows: Array, always: bool, out: 
             scores[i] = np.float64(abs(y[i] - x[i])) * factor
 
 
+def unit_of(energy: float) -> float:
+    """A power of two that takes a sum of squares to about 2**52; 1 where there is none, or none that is finite."""
+    if not 0 < energy < math.inf:
+        return 1.0
+    return math.ldexp(1.0, min(UNIT_BITS - math.frexp(energy)[1], 1000))
+
+
 @uncounted
-def sort_energies(
-    deltas: Array, keys: Array, low: Any, high: Any, shift: int, unit: float, counts: Array, lanes: Array
-) -> None:
-    """Count keys from `low` to `high` by their last bits, and add up squares of D by score.
+def _sort_inside(
+    deltas: Array, keys: Array, low: Any, high: Any, shift: int, unit: float, counts: Array, marks: Array, full: Array,
+    found: Array,
+) -> None:  # fmt: skip
+    """Count keys from `low` to `high` by their last bits, and add up squares of D by these: see :func:`sort_tile`.
+
+    Of at most :data:`STRIP` elements; the last three are working memory, from :func:`gathering`.
+    """
+    for i in range(keys.size):
+        marks[i] = np.uint8((keys[i] >= low) & (keys[i] <= high))
+    for k in range(gather(marks, words_of(marks, keys.size), full, found)):
+        at = np.uintp(found[np.uintp(k)])
+        d, place = np.float64(deltas[at]), np.uintp((keys[at] >> shift) & 0xFFFF)
+        counts[0, place] += 1
+        counts[1, place] += np.int64(d * d * unit + 0.5)
+
+
+@inlined
+def gathering() -> Any:
+    """Working memory for what is picked out of a strip: marks, words that have some, places."""
+    return np.zeros(STRIP, np.uint8), np.empty(STRIP // 8, np.int32), np.empty(STRIP, np.int32)
+
+
+@inlined
+def words_of(marks: Array, count: Any) -> Any:
+    """Those of the first `count` marks; those behind in the last word are made zero."""
+    size = (count + 7) // 8
+    for i in range(count, 8 * size):
+        marks[np.uintp(i)] = 0
+    return marks.view(np.int64)[:size]
+
+
+@kernel
+def sort_tile(
+    deltas: Array, keys: Array, width: int, rows: Array, low: Any, high: Any, shift: int, mask: Any, unit: float,
+    counts: Array,
+) -> None:  # fmt: skip
+    """Count scores by their last bits, and add up squares of D by score.
 
     Parameters
     ----------
     deltas : ndarray, shape (n,)
-        Of the donor to the primary; n is a multiple of 64, but for the last piece of a block.
+        Of the donor to the primary: whole rows of `width` elements, or a piece of one.
     keys : signed integer ndarray, shape (n,)
         The scores, as :func:`mergepipe.tasks.select.order_keys` has them.
+    width : int
+    rows : float64 ndarray, shape (rows, 1 or 3)
+        The statistics of the rows.
     low, high, shift : int
-        The 16 bits that lie `shift` from the right are what keys are counted by.
+        The 16 bits that lie `shift` from the right are what keys from `low` to `high` are counted by.
+    mask : int
+        All bits but the sign's, of the type of a key.
     unit : float
-    counts : int64 ndarray, shape (2, 65536)
-        Added to: how many keys there are; and the sum of their squares in whole multiples of 1 / `unit`, which add up
-        exactly in any order.
-    lanes : float64 ndarray, shape (64,)
-        Added to: the squares of keys above `high`.
+    counts : int64 ndarray, shape (2, 65536 + SQUARES)
+        Added to: how many keys there are, and behind them the squares of keys above `high`, as :func:`squares_above`
+        has them; and the squares of those inside in whole multiples of 1 / `unit`, which add up exactly in any order.
     """
-    for start in range(0, deltas.size, LANES):
-        delta, key = deltas[start : start + LANES], keys[start : start + LANES]
-        inside = np.int64(0)
-        for i in range(key.size):
-            d = np.float64(delta[i])
-            lanes[i] += d * d if key[i] > high else 0.0
-            inside += np.int64((key[i] >= low) & (key[i] <= high))
-        if inside:
-            for i in range(key.size):
-                if (key[i] >= low) & (key[i] <= high):
-                    d, place = np.float64(delta[i]), np.uintp((key[i] >> shift) & 0xFFFF)
-                    counts[0, place] += 1
-                    counts[1, place] += np.int64(d * d * unit + 0.5)
+    marks, full, found = gathering()
+    # Largest magnitudes by their bits, whose maximum vectorises.
+    bits, peak = deltas.view(keys.dtype), np.empty(1, keys.dtype)
+    for start in range(0, keys.size, STRIP):
+        part, delta = keys[start : start + STRIP], deltas[start : start + STRIP]
+        _sort_inside(delta, part, low, high, shift, unit, counts, marks, full, found)
+    for row in range(rows.shape[0]):
+        for start in range(row * width, (row + 1) * width, STRIP):
+            stop = min(start + STRIP, (row + 1) * width)
+            largest = bits[start] & mask
+            for i in range(start, stop):
+                largest = max(largest, bits[i] & mask)
+            peak[0] = largest
+            reach = np.float64(peak.view(deltas.dtype)[0])
+            squares_above(deltas[start:stop], keys[start:stop], high, rows[row, 0], reach, counts[0, FINE_BINS:])
 
 
 @kernel
@@ -148,48 +201,33 @@ def rounded_up(thresholds: Array) -> Array:
 
 
 @uncounted
-def added(lanes: Array) -> float:
-    """Their sum, one after another."""
-    total = 0.0
-    for i in range(lanes.size):
-        total += lanes[i]
-    return total
+def _score_strip(base: Array, donor: Array, start: int, stop: int, factor: float, keys: Array, deltas: Array) -> Any:
+    """Bits of the scores of the stored elements `start` to `stop` of a row into `keys`, their differences too.
 
-
-@uncounted
-def _score_strip(
-    base: Array, donor: Array, start: int, stop: int, width: int, rows: Array, always: bool, keys: Array, deltas: Array
-) -> Any:  # fmt: skip
-    """Bits of the scores of the stored elements `start` to `stop` into `keys`, their differences into `deltas`.
-
-    The largest magnitude of stored bits is returned.
+    The largest magnitude of stored bits is returned, and that of a difference.
     """
-    worst = np.int32(0)
-    at = start
-    while at < stop:
-        row = at // width
-        after = min((row + 1) * width, stop)
-        factor = factor_of(rows[row, 0], always)
-        for place in range(at, after):
-            # What has no sign can't count from the end: that test would keep the loop from vectorising.
-            i, k = np.uintp(place), np.uintp(place - start)
-            first, second = np.int32(base[i]), np.int32(donor[i])
-            worst = max(worst, max(np.int32(first & 0x7FFF), np.int32(second & 0x7FFF)))
-            delta = np.float32(np.int32(second << 16).view(np.float32) - np.int32(first << 16).view(np.float32))
-            score = np.float32(np.float64(abs(delta)) * factor)
-            # Zero times a difference that overflows is none.
-            keys[k] = np.int32(0) if factor == 0.0 else score.view(np.int32)
-            deltas[k] = delta
-        at = after
-    return worst
+    worst, largest = np.int32(0), np.int32(0)
+    for place in range(start, stop):
+        # What has no sign can't count from the end: that test would keep the loop from vectorising.
+        i, k = np.uintp(place), np.uintp(place - start)
+        first, second = np.int32(base[i]), np.int32(donor[i])
+        worst = max(worst, max(np.int32(first & 0x7FFF), np.int32(second & 0x7FFF)))
+        delta = np.float32(np.int32(second << 16).view(np.float32) - np.int32(first << 16).view(np.float32))
+        score = np.float32(np.float64(abs(delta)) * factor)
+        # Zero times a difference that overflows is none.
+        keys[k] = np.int32(0) if factor == 0.0 else score.view(np.int32)
+        deltas[k] = delta
+        largest = max(largest, np.int32(delta.view(np.int32) & 0x7FFFFFFF))
+    found = np.int32(largest)
+    return worst, np.float64(found.view(np.float32))
 
 
 @kernel
 def sort_stored(
-    base: Array, donors: tuple[Array, ...], width: int, block: int, found: Array, always: bool, lows: Array,
-    units: Array, blocks: Array, counts: Array,
+    base: Array, donors: tuple[Array, ...], width: int, found: Array, always: bool, lows: Array, units: Array,
+    counts: Array,
 ) -> bool:  # fmt: skip
-    """Count the scores of stored bfloat16 numbers inside a bin, and add up squares: :func:`sort_energies`.
+    """Count the scores of stored bfloat16 numbers inside a bin, and add up squares: :func:`sort_tile`.
 
     Parameters
     ----------
@@ -200,14 +238,10 @@ def sort_stored(
         The statistics of the rows.
     always : bool
         As of :func:`score_delta`.
-    block : int
-        Elements of a block.
     lows : int64 ndarray, shape (donors,)
         The smallest key of the bin, which is 65536 wide.
     units : float64 ndarray, shape (donors,)
-    blocks : float64 ndarray, shape (blocks, donors)
-        Sums of squares of what scores above the bin.
-    counts : int64 ndarray, shape (donors, 2, 65536)
+    counts : int64 ndarray, shape (donors, 2, 65536 + SQUARES)
 
     Returns
     -------
@@ -215,20 +249,26 @@ def sort_stored(
         False if a stored value is not finite.
     """
     keys, deltas = np.empty(STRIP, np.int32), np.empty(STRIP, np.float32)
-    lanes = np.empty((len(donors), LANES))
-    worst = np.int32(0)
-    for first in range(0, base.size, block):
-        last = min(first + block, base.size)
-        lanes[:] = 0.0
+    marks, full, places = gathering()
+    worst, rows = np.int32(0), base.size // width
+    # Many narrow rows, or a part of a wide one, are looked at together.
+    together, part = max(1, STRIP // width), min(width, STRIP)
+    for first in range(0, rows, together):
         for j in range(len(donors)):
-            for start in range(first, last, STRIP):
-                stop = min(start + STRIP, last)
-                key, delta = keys[: stop - start], deltas[: stop - start]
-                worst = max(worst, _score_strip(base, donors[j], start, stop, width, found[j], always, key, delta))
-                low = np.int32(lows[j])
-                sort_energies(delta, key, low, np.int32(low | 0xFFFF), 0, units[j], counts[j], lanes[j])
-        for j in range(len(donors)):
-            blocks[first // block, j] = added(lanes[j])
+            low = np.int32(lows[j])
+            high, squares = np.int32(low | 0xFFFF), counts[j, 0, FINE_BINS:]
+            for begin in range(0, width, part):
+                size = min(part, width - begin)
+                last = min(first + together, rows)
+                for row in range(first, last):
+                    at, start = (row - first) * size, row * width + begin
+                    key, delta = keys[at : at + size], deltas[at : at + size]
+                    factor = factor_of(found[j, row, 0], always)
+                    peak, reach = _score_strip(base, donors[j], start, start + size, factor, key, delta)
+                    worst = max(worst, peak)
+                    squares_above(delta, key, high, found[j, row, 0], reach, squares)
+                size *= last - first
+                _sort_inside(deltas[:size], keys[:size], low, high, 0, units[j], counts[j], marks, full, places)
     return bool(worst < 0x7F80)
 
 

@@ -10,11 +10,14 @@ import math
 
 import numpy as np
 
+from mergepipe.tasks.fused_counts import TOP_BINS
 from mergepipe.tasks.jit import kernel, uncounted
 from mergepipe.tasks.method import Array
 from mergepipe.tasks.row_sums import ROOM, STRIDE, STRIP
 from mergepipe.tasks.rows import kind_of, measure_row
-from mergepipe.tasks.scores import factor_of
+from mergepipe.tasks.score_lists import list_row
+from mergepipe.tasks.scores import STRIP as PICKED
+from mergepipe.tasks.scores import factor_of, gathering
 
 
 @uncounted
@@ -118,26 +121,90 @@ def _measure_block(
     bins: Array, turns: Array, zeros: Array,
 ) -> bool:  # fmt: skip
     """The same for the rows of one block, of which `own` takes the divergences, and behind them the sums of squares."""
-    width, (reverse, forward) = a.size, directions
-    energies = own[:, -1]
-    energies[:] = 0.0
+    width = a.size
+    own[:, -1] = 0.0
     for row in range((span[1] - span[0]) // width):
         at = span[0] + row * width
-        reach = _decode(base[at : at + width], a)
-        if not reach < math.inf:
+        if not _measure_row(base, donors, at, row, directions, own, a, b, kinds, shifts, shared, filled, room):
             return False
-        for j in range(len(donors)):
-            finite, distance = _decode_donor(donors[j][at : at + width], a, b[j])
-            if not finite:
+        for j in range(len(donors) if turns.shape[2] > 0 else 0):
+            factor = factor_of(own[j, row], always)
+            if factor == 0.0:
+                # Zero times a difference that overflows is none.
+                zeros[j] += width
+            else:
+                _count_scores(a, b[j], factor, bins, turns[j])
+    return True
+
+
+@uncounted
+def _measure_row(
+    base: Array, donors: tuple[Array, ...], at: int, row: int, directions: tuple[float, float], own: Array, a: Array,
+    b: Array, kinds: Array, shifts: Array, shared: Array, filled: Array, room: Array,
+) -> bool:  # fmt: skip
+    """Decode the row that begins at `at` into `a` and `b`, and measure it: number `row` of those of `own`."""
+    reach = _decode(base[at : at + a.size], a)
+    if not reach < math.inf:
+        return False
+    for j in range(len(donors)):
+        finite, distance = _decode_donor(donors[j][at : at + a.size], a, b[j])
+        if not finite:
+            return False
+        kinds[j] = kind_of(reach, distance)
+    found, energies = own[:, row : row + 1], own[:, -1]
+    measure_row(a, b, kinds, reach, directions[0], directions[1], found, energies, shifts, shared, filled, room)
+    return True
+
+
+@kernel
+def measure_and_list(
+    base: Array, donors: tuple[Array, ...], width: int, block: int, reverse: float, forward: float, always: bool,
+    bounds: Array, blocks: Array, tallies: Array, out: Array, sizes: Array,
+) -> bool:  # fmt: skip
+    """Measure rows, and list the elements whose scores lie in a window of each donor.
+
+    Parameters
+    ----------
+    base, donors, width, block, reverse, forward, always
+        As of :func:`measure_and_count`.
+    bounds : int64 ndarray, shape (donors, 2)
+        Smallest key inside, above 0, and the smallest above.
+    blocks : float64 ndarray, shape (blocks, donors, 3 * rows of a block + 2)
+        Where the divergences of the rows are put, then what `list_row` says of each in its `listed`, where the list of
+        a block begins, and its sum of squares.
+    tallies : int64 ndarray, shape (donors, 2, SQUARES)
+        As of :func:`mergepipe.tasks.score_lists.list_row`.
+    out : float32 ndarray, shape (donors, n)
+        Gets the magnitudes.
+    sizes : int64 ndarray, shape (donors,)
+        Gets how many there are.
+
+    Returns
+    -------
+    bool
+        False if a stored value is not finite: then nothing of it is of use.
+    """
+    shared, filled, room = np.empty(STRIP), np.empty((2, STRIDE), np.float32), np.empty((len(donors), ROOM))
+    a, b = np.empty(width, np.float32), np.empty((len(donors), width), np.float32)
+    kinds, shifts = np.empty(len(donors), np.int64), np.zeros(len(donors))
+    keys, deltas, table = np.empty(PICKED, np.int32), np.empty(PICKED, np.float32), np.zeros(TOP_BINS, np.int32)
+    marks, full, found = gathering()
+    directions = (reverse, forward)
+    sizes[:] = 0
+    for start in range(0, base.size, block):
+        own = blocks[start // block]
+        own[:, -1] = 0.0
+        most = (own.shape[1] - 2) // 3
+        own[:, 3 * most] = sizes
+        for row in range((min(start + block, base.size) - start) // width):
+            at = start + row * width
+            if not _measure_row(base, donors, at, row, directions, own, a, b, kinds, shifts, shared, filled, room):
                 return False
-            kinds[j] = kind_of(reach, distance)
-        measure_row(a, b, kinds, reach, reverse, forward, own[:, row : row + 1], energies, shifts, shared, filled, room)
-        if turns.shape[2] > 0:
             for j in range(len(donors)):
-                factor = factor_of(own[j, row], always)
-                if factor == 0.0:
-                    # Zero times a difference that overflows is none.
-                    zeros[j] += width
-                else:
-                    _count_scores(a, b[j], factor, bins, turns[j])
+                low, high = np.int32(bounds[j, 0]), np.int32(bounds[j, 1])
+                listed = own[j, most : 3 * most].reshape(2, most)
+                sizes[j] = list_row(
+                    a, b[j], own[j, row], always, low, high, tallies[j], out[j], sizes[j], listed, row, keys, deltas,
+                    marks, full, found, table,
+                )  # fmt: skip
     return True

@@ -7,8 +7,11 @@ an empty tensor, a 3-D stack of experts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import mergepipe
+from mergepipe.errors import Interrupted
+from mergepipe.pipeline.events import Event, UnitFinished
 from mergepipe.pipeline.reading import ReaderKind
-from mergepipe.tasks import guess
+from mergepipe.tasks import fusion_guess, guess, nodes
 from mergepipe.tasks.breadcrumbs import kept_ranks
+from mergepipe.tasks.listed import Listed, Room
 from mergepipe.tasks.registry import METHODS, SPARSIFIERS
 
 SHAPES = {
@@ -212,6 +218,79 @@ def test_a_guess_does_not_show(
     assert not (tmp_path / "guessed" / "work" / "statistics" / "histogram").exists(), "the guess was right"
     monkeypatch.setattr(guess, "SMALLEST", 1 << 40)
     assert found == merge(recipe, tmp_path / "sure")
+
+
+@pytest.mark.parametrize("how", [{}, {"chunk_size": "256KiB", "workers": 3}, {"reader": "direct"}])
+def test_a_guess_at_scores_does_not_show(how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor in what the manifest says of the tensors; of one that can't be held, whose rows have moved unlike."""
+    torch.manual_seed(0)
+    base = torch.randn(2048, 1024) * 0.02
+    paths = [tmp_path / name for name in ("base", "one", "two")]
+    for number, path in enumerate(paths):
+        path.mkdir()
+        noise = torch.randn(2048, 1024) * torch.exp(torch.randn(2048, 1) / 10) * (0.001 * number)
+        save_file({"w": (base + noise).bfloat16()}, path / "model.safetensors", {"format": "pt"})
+    recipe = recipe_for("scf_rkl", paths)
+    if "reader" in how:
+        monkeypatch.setattr("mergepipe.pipeline.reading.pool_bytes", lambda scheduled: 2**22)
+        how = {**how, "chunk_size": "512KiB"}
+    monkeypatch.setattr("mergepipe.pipeline.schedule.RESIDENT_SHARE", 1 << 40)
+    monkeypatch.setattr(fusion_guess, "FEWEST_BLOCKS", 1 << 40)
+    sure = merge(recipe, tmp_path / "sure", **how)
+    monkeypatch.setattr(fusion_guess, "FEWEST_BLOCKS", 32)
+    for module in (fusion_guess, nodes):
+        monkeypatch.setattr(module, "sampled_every", lambda blocks: 2)
+    swept, rooms = [], []
+    monkeypatch.setattr(nodes, "Listed", lambda *of: swept.append(of) or Listed(*of))
+    monkeypatch.setattr("mergepipe.pipeline.execution.Room", lambda numbers: rooms.append(Room(numbers)) or rooms[-1])
+    assert merge(recipe, tmp_path / "guessed", **how) == sure
+    assert len(swept) == 1, "the guess was right"
+    most = 2 * (2048 * 1024 // 128 + 64 * 2048)
+    assert rooms[0].take(most), "the list has given its room back"
+    assert not rooms[0].take(1)
+    found, expected = (
+        json.loads((tmp_path / name / "merged" / "mergepipe_manifest.json").read_text()) for name in ("guessed", "sure")
+    )
+    assert found["tensors"] == expected["tensors"]
+    if "reader" in how:
+        assert found["disk_bytes_read"] < expected["disk_bytes_read"], "three reads became two and a half"
+
+
+def test_a_guess_at_scores_is_made_again_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever sweep it comes in: what is listed is kept nowhere."""
+    torch.manual_seed(0)
+    base = torch.randn(2048, 1024) * 0.02
+    paths = [tmp_path / name for name in ("base", "one")]
+    for number, path in enumerate(paths):
+        path.mkdir()
+        noise = torch.randn(2048, 1024) * (0.001 * number)
+        save_file({"w": (base + noise).bfloat16()}, path / "model.safetensors", {"format": "pt"})
+    recipe = recipe_for("scf_rkl", paths)
+    sure = merge(recipe, tmp_path / "sure")
+    monkeypatch.setattr("mergepipe.pipeline.schedule.RESIDENT_SHARE", 1 << 40)
+    monkeypatch.setattr(fusion_guess, "FEWEST_BLOCKS", 32)
+    for module in (fusion_guess, nodes):
+        monkeypatch.setattr(module, "sampled_every", lambda blocks: 2)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    mergepipe.build(tmp_path / "recipe.yaml", work=tmp_path / "work", out=tmp_path / "merged", chunk_size="512KiB")
+    seen, stopped = [], 0
+    for units in (3, 10, 20, 4):
+        stop, left = threading.Event(), iter(range(units))
+
+        def end(event: Event, stop: threading.Event = stop, left: Iterator[int] = left) -> None:
+            if isinstance(event, UnitFinished):
+                seen.append(event.stage)
+                if next(left, None) is None:
+                    stop.set()
+
+        with contextlib.suppress(Interrupted):
+            mergepipe.run(tmp_path / "work", workers=1, stop=stop, on_event=end)
+            break
+        stopped += 1
+    mergepipe.run(tmp_path / "work")
+    assert stopped == 4
+    assert set(seen) >= {"sample", "row divergence", "apply"}
+    assert hashes(tmp_path / "merged") == sure
 
 
 @pytest.mark.parametrize("chunk_size", ["256KiB", "8MiB"])

@@ -301,7 +301,7 @@ def test_every_shape(shape: tuple[int, ...], importance: str, work: str) -> None
         delta = (b - a).astype("f8")
         whole = np.linalg.norm(delta.ravel())
         kept = np.linalg.norm((delta * found).ravel()) / whole if whole else 0
-        assert merged.state["kept_norms"][0] == pytest.approx(kept, rel=1e-12)
+        assert merged.state["kept_norms"][0] == pytest.approx(kept, rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(200, 130), (2, 70_001)])
@@ -372,7 +372,7 @@ def test_the_output_is_a_mixture_of_stored_values(pair: tuple[Array, Array], qua
     delta = (b - a).astype("f8").ravel()
     whole = np.linalg.norm(delta)
     kept = np.linalg.norm(delta * found.ravel()) / whole if whole else 0
-    assert merged.state["kept_norms"][0] == pytest.approx(kept, rel=1e-10)
+    assert merged.state["kept_norms"][0] == pytest.approx(kept, rel=1e-9)
 
 
 @given(pair=pairs(), tie_rule=st.sampled_from(["keep", "index"]))
