@@ -13,7 +13,8 @@ import numpy as np
 from mergepipe.tasks.fused_counts import TOP_BINS, gather
 from mergepipe.tasks.jit import kernel, uncounted
 from mergepipe.tasks.method import Array
-from mergepipe.tasks.scores import FINE_BINS, STRIP, factor_of, gathering, words_of
+from mergepipe.tasks.scores import STRIP, factor_of, gathering, words_of
+from mergepipe.tasks.select import FINE_BINS
 from mergepipe.tasks.squares import add_square_of_row, squares_above
 
 

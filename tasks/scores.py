@@ -16,13 +16,12 @@ from mergepipe.tasks.fused_counts import gather
 from mergepipe.tasks.jit import inlined, kernel, uncounted
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
+from mergepipe.tasks.select import FINE_BINS
 from mergepipe.tasks.squares import squares_above
 
 STRIP = 2048
 """Elements whose scores the loops over stored bits keep at a time, a multiple of the lanes: a few strips fill a
 first-level cache."""
-
-FINE_BINS = 1 << 16
 
 UNIT_BITS = 52
 """Squares inside a bin are counted in units of the whole sum over two to this."""

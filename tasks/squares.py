@@ -79,7 +79,7 @@ def squares_above(deltas: Array, keys: Array, high: Any, divergence: float, reac
     Parameters
     ----------
     deltas, keys : ndarray, shape (n,)
-        Of one row; n is at most :data:`STRIP`.
+        Of one row; n is at most 4096, for the sum of those below to fit.
     high : int
     divergence : float
         Of the row.
