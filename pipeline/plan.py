@@ -33,7 +33,7 @@ from mergepipe.tasks.method import Job
 PLAN_FORMAT = 1
 """Format of `plan.json`; another one is refused."""
 
-RESULT_VERSION = 6
+RESULT_VERSION = 7
 """Raised with every change that changes an output byte of an unchanged recipe; part of the plan's id."""
 
 

@@ -23,13 +23,20 @@ SECOND = (0.5000000000000001, 0.16666666666666746, 0.041666666666632164, 0.00833
           0.00019841270208637693, 2.4801527317728415e-05, 2.7556837815990328e-06, 2.761727135487715e-07,
           2.5276571798281242e-08)  # fmt: skip
 
-# The same for x from -1/16 to 1/16, within 1e-13 of it.
-SMALL = (0.5000000000000462, 0.1666666666666745, 0.041666666453853675, 0.008333333306145793, 0.0013890341935815325,
-         0.00019842971194824108)  # fmt: skip
+# (exp(x / 32) - 1 - x / 32) / x**2 for x from -1 to 1: what is made of it is within 2e-14 of exp(x) - 1.
+SMALL = (0.0004882812500000008, 5.086263019028746e-06, 3.973642983757194e-08, 2.483599048788458e-10,
+         1.293537411651531e-12)  # fmt: skip
 
-# exp(x / 16) for x from -1 to 1; its sixteenth power is within 2e-14 of that of x, and exactly 1 for 0.
+# exp(x / 16) for x from -1 to 1; its sixteenth power is within 2e-13 of that of x, and exactly 1 for 0.
 ROOT = (1.0, 0.06250000000008085, 0.0019531250000006314, 4.069010351985786e-05, 6.35782872551062e-07,
         7.94857956135269e-09, 8.27943348996717e-11)  # fmt: skip
+
+WIDEST = 8.0
+"""What the arguments of :func:`raised` must not exceed in magnitude."""
+
+# exp(x / 128) for x up to that.
+RAISED = (1.0, 0.0078125, 3.0517578125009866e-05, 7.947285970054042e-08, 1.5522042786890684e-10, 2.425319189429405e-13,
+          3.158353230107784e-16, 3.524899992219853e-19)  # fmt: skip
 
 
 @inlined_late
@@ -100,14 +107,28 @@ def exp(x: Any) -> Any:
 
 
 @inlined_late
-def small_expm1(x: Any) -> Any:
-    """exp(x) - 1 for x from -1 to 1, within 1e-13: that of x / 16, and ``h * (h + 2)`` for twice as much."""
-    y = times(x, four(0.0625))
-    square = times(y, y)
-    even, odd = step(square, four(SMALL[4]), SMALL[2]), step(square, four(SMALL[5]), SMALL[3])
-    even, odd = step(even, square, SMALL[0]), step(odd, square, SMALL[1])
-    h = plus(y, times(square, plus(even, times(odd, y))))
+def small_expm1(x: Any, square: Any) -> Any:
+    """exp(x) - 1 for x from -1 to 1, whose `square` is known: that of x / 32, and ``h * (h + 2)`` for twice as much."""
+    even, odd = step(square, four(SMALL[4]), SMALL[2]), step(square, four(SMALL[3]), SMALL[1])
+    even = step(even, square, SMALL[0])
+    h = plus(times(x, four(0.03125)), times(square, plus(even, times(odd, x))))
+    h = times(h, plus(h, four(2.0)))
     h = times(h, plus(h, four(2.0)))
     h = times(h, plus(h, four(2.0)))
     h = times(h, plus(h, four(2.0)))
     return times(h, plus(h, four(2.0)))
+
+
+@inlined_late
+def raised(x: Any) -> Any:
+    """exp(x) for x from -8 to 8, within 4e-14: the 128th power of that of x / 128."""
+    y = step(step(four(RAISED[7]), x, RAISED[6]), x, RAISED[5])
+    y = step(step(step(y, x, RAISED[4]), x, RAISED[3]), x, RAISED[2])
+    y = step(step(y, x, RAISED[1]), x, RAISED[0])
+    y = times(y, y)
+    y = times(y, y)
+    y = times(y, y)
+    y = times(y, y)
+    y = times(y, y)
+    y = times(y, y)
+    return times(y, y)

@@ -12,12 +12,14 @@ import numpy as np
 from mergepipe.tasks.exponentials import LIMIT, grow
 from mergepipe.tasks.jit import kernel
 from mergepipe.tasks.method import Array
-from mergepipe.tasks.row_sums import LARGEST
+
+LARGEST = 256.0
+"""Largest magnitude of A and D with which neither p nor exp(r) vanishes or overflows."""
 
 
 @kernel
 def _within(a: Array, b: Array) -> bool:
-    """Whether no A and no D is so large that p or exp(r) may vanish or overflow: by bits, whose maximum vectorises."""
+    """Whether no A and no D is beyond :data:`LARGEST`: by bits, whose maximum vectorises."""
     largest = np.int32(0)
     for i in range(a.size):
         largest = max(largest, np.int32(np.float32(a[i]).view(np.int32) & 0x7FFFFFFF))

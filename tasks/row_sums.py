@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mergepipe.tasks.exponentials import LIMIT, ROOT, exp, four, less, plus, small_expm1, times, total
+from mergepipe.tasks.exponentials import LIMIT, ROOT, WIDEST, exp, four, less, plus, raised, small_expm1, times, total
 from mergepipe.tasks.jit import inlined, inlined_late, uncounted
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
@@ -37,11 +37,11 @@ CLOSE, LOOSE, NEAR, FAR, DISTANT = range(5)
 LEFT = -1
 """In the place of a kind: not measured with the others."""
 
-CLOSE_DELTA, LOOSE_DELTA, NEAR_DELTA, LARGEST = 1 / 32, 1 / 8, 1.0, 256.0
+CLOSE_DELTA, LOOSE_DELTA, NEAR_DELTA, FAR_DELTA = 1 / 32, 1 / 8, 1.0, WIDEST
 """Largest magnitudes of D in close, loose, near and far rows, or of E where extremes are known."""
 
 HEAVIEST = 64.0
-"""Largest magnitude of A up to which weights are powers of a polynomial's: within 2e-12 there, within 2e-14 up to 1."""
+"""Largest magnitude of A up to which weights are powers of a polynomial's: within 2e-11 there, within 2e-13 up to 1."""
 
 STRIDE = 4 * LANES
 """Elements that are added up at once. What is left of a row is filled up to a multiple of :data:`LANES` with zeros
@@ -153,14 +153,14 @@ def _add_more(a: Array, b: Array, begin: int, end: int, quarter: int, shared: Ar
 
 
 @inlined_late
-def _put(lanes: Any, i: Any, weight: Any, e: Any, moved: Any) -> None:
+def _put(lanes: Any, i: Any, weight: Any, e: Any, moved: Any, square: Any) -> None:
     """Add :data:`SUMS` of four elements to lane `i` of each; `moved` is the third."""
     lanes[np.uintp(i)] += total(weight)
     lanes[np.uintp(i + LANES)] += total(times(weight, e))
     lanes[np.uintp(i + 2 * LANES)] += total(moved)
     lanes[np.uintp(i + 3 * LANES)] += total(times(moved, e))
     lanes[np.uintp(i + 4 * LANES)] += total(e)
-    lanes[np.uintp(i + 5 * LANES)] += total(times(e, e))
+    lanes[np.uintp(i + 5 * LANES)] += total(square)
 
 
 @inlined_late
@@ -172,7 +172,8 @@ def _add_near(a: Array, b: Array, begin: int, end: int, quarter: int, mean: floa
         own = shared[start - begin : start - begin + 4 * quarter]
         for i in range(quarter):
             weight, e = _at(own, i, quarter), less(_apart(x, y, i, quarter), means)
-            _put(lanes, i, weight, e, times(weight, small_expm1(e)))
+            square = times(e, e)
+            _put(lanes, i, weight, e, times(weight, small_expm1(e, square)), square)
 
 
 @inlined_late
@@ -184,7 +185,7 @@ def _add_far(a: Array, b: Array, begin: int, end: int, quarter: int, mean: float
         own = shared[start - begin : start - begin + 4 * quarter]
         for i in range(quarter):
             weight, e = _at(own, i, quarter), less(_apart(x, y, i, quarter), means)
-            _put(lanes, i, weight, e, times(weight, exp(e)))
+            _put(lanes, i, weight, e, times(weight, raised(e)), times(e, e))
 
 
 @uncounted
@@ -204,7 +205,7 @@ def _add_distant(
                 other[0] if weight[0] > 0.0 else 0.0, other[1] if weight[1] > 0.0 else 0.0,
                 other[2] if weight[2] > 0.0 else 0.0, other[3] if weight[3] > 0.0 else 0.0,
             )  # fmt: skip
-            _put(lanes, i, weight, d, other)
+            _put(lanes, i, weight, d, other, times(d, d))
 
 
 @uncounted
@@ -242,19 +243,24 @@ def _add_rest(filled: Array, end: int, kind: int, shift: float, shared: Array, r
 
 
 @uncounted
-def _halve(lanes: Array, count: int, eighth: int, at: int) -> None:
+def _halve(lanes: Array, count: int, narrow: bool, eighth: int, at: int) -> None:
     """Sums of lanes, half on half: of the first so many times 64, which change, to where `at` is.
 
-    `eighth` is an eighth of 64 that is not known as this is compiled: else the loop is written out, and badly.
+    Of a `narrow` row only the first quarter of the lanes is in use: what zeros for all others would give. `eighth` is
+    an eighth of 64 that is not known as this is compiled: else the loop is written out, and badly.
     """
     for s in range(count):
         t = lanes[s * LANES : (s + 1) * LANES]
-        for i in range(eighth):
-            # Three halvings written out: a loop over them does not vectorise.
-            a, b, c, d = np.uintp(i), np.uintp(i + 8), np.uintp(i + 16), np.uintp(i + 24)
-            e, f, g, h = np.uintp(i + 32), np.uintp(i + 40), np.uintp(i + 48), np.uintp(i + 56)
-            even, odd = (t[a] + t[e]) + (t[c] + t[g]), (t[b] + t[f]) + (t[d] + t[h])
-            t[a] = even + odd
+        if narrow:
+            for i in range(eighth):
+                t[np.uintp(i)] += t[np.uintp(i + 8)]
+        else:
+            for i in range(eighth):
+                # Three halvings written out: a loop over them does not vectorise.
+                a, b, c, d = np.uintp(i), np.uintp(i + 8), np.uintp(i + 16), np.uintp(i + 24)
+                e, f, g, h = np.uintp(i + 32), np.uintp(i + 40), np.uintp(i + 48), np.uintp(i + 56)
+                even, odd = (t[a] + t[e]) + (t[c] + t[g]), (t[b] + t[f]) + (t[d] + t[h])
+                t[a] = even + odd
         lanes[at + s] = ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))
 
 
@@ -303,14 +309,17 @@ def add_up(
     room : float64 ndarray, shape (donors, ROOM)
         The sums come behind the lanes.
     """
-    none = True
+    whole = a.size // STRIDE * STRIDE
+    none, narrow, quarter = True, whole == 0, filled.shape[1] // 16
     for j in range(len(b)):
         if kinds[j] != LEFT:
-            room[j, : sums_of(kinds[j]) * LANES] = 0.0
+            for s in range(sums_of(kinds[j])):
+                lanes = room[j, s * LANES : (s + 1) * LANES]
+                for i in range(quarter if narrow else 4 * quarter):
+                    lanes[np.uintp(i)] = 0.0
             none = False
     if none:
         return
-    whole = a.size // STRIDE * STRIDE
     for start in range(0, whole, STRIP):
         stop = min(start + STRIP, whole)
         _weigh(a, start, stop, reach, level, shared)
@@ -330,7 +339,7 @@ def add_up(
                 _add_rest(filled, stop, kinds[j], shifts[j], shared, room, j)
     for j in range(len(b)):
         if kinds[j] != LEFT:
-            _halve(room[j], sums_of(kinds[j]), filled.shape[1] // 32, ADDED)
+            _halve(room[j], sums_of(kinds[j]), narrow, filled.shape[1] // 32, ADDED)
 
 
 @uncounted
@@ -363,4 +372,4 @@ def add_differences(a: Array, b: Array, filled: Array, lanes: Array) -> None:
         _fill(a, whole, stop, filled[0])
         _fill(b, whole, stop, filled[1])
         _add_differences(filled[0], filled[1], FIRST, stop, LANES // 4, lanes)
-    _halve(lanes, 2, filled.shape[1] // 32, 2 * LANES)
+    _halve(lanes, 2, whole == 0, filled.shape[1] // 32, 2 * LANES)

@@ -15,12 +15,12 @@ weights, which are a short polynomial raised to a high power. By their largest d
 under p, ``m_k = sum(p * D**k)``: seven leave about 1e-12 of the divergence, they take no exponential of D, and
 nothing of order D is left to cancel:
 
-    z = sum(m_k / k!),    reverse = sum((k - 1) * m_k / k!) / (1 + z) + z / (1 + z) - log1p(z)
-                          forward = sum(m_k / k!) from k = 2, + log1p(z) - z
+    z = sum(m_k / k!),    reverse = (sum((k - 1) * m_k / k!) - z**2) / (1 + z) - (log1p(z) - z)
+                          forward = sum(m_k / k!) from k = 2, + (log1p(z) - z)
 
 *Loose*, none beyond 1/8: the same with nine moments.
 
-*Near*, none beyond 1: the formulas above. *Far*, none beyond 256: 1 + z may vanish, and the logarithm of
+*Near*, none beyond 1: the formulas above. *Far*, none beyond 8: 1 + z may vanish, and the logarithm of
 ``sum(p * exp(E))`` is taken instead. *Distant*, whatever there is: A + D and A have normalisers of their own, each less
 its largest element.
 
@@ -47,11 +47,12 @@ from mergepipe.tasks.row_sums import (
     CLOSE_DELTA,
     DISTANT,
     FAR,
+    FAR_DELTA,
     HEAVIEST,
-    LARGEST,
     LEFT,
     LOOSE,
     LOOSE_DELTA,
+    MORE,
     NEAR,
     NEAR_DELTA,
     ROOM,
@@ -74,6 +75,12 @@ SHIFTED = 0.75
 
 CLOSE_TERMS, LOOSE_TERMS = 9, 16
 """Terms of the series in z of a close row, whose z is below 0.032, and of a loose one, with z below 0.134."""
+
+OVER = np.array([0.0, *(1 / k for k in range(1, LOOSE_TERMS + 2))])
+"""1 / k: divisions would take longer than all else that is done once per row."""
+
+OVER_FACTORIAL = np.array([1 / math.factorial(k) for k in range(MORE - 1)])
+"""1 / k!"""
 
 
 @uncounted
@@ -99,7 +106,7 @@ def _distance(a: Array, b: Array) -> float:
 @kernel
 def kind_of(reach: float, distance: float) -> int:
     """What a row is measured as, given its largest magnitudes of A and D; NaN is beyond everything."""
-    if not (reach <= HEAVIEST and distance <= LARGEST):
+    if not (reach <= HEAVIEST and distance <= FAR_DELTA):
         return DISTANT
     if distance <= LOOSE_DELTA:
         return CLOSE if distance <= CLOSE_DELTA else LOOSE
@@ -114,20 +121,18 @@ def _finish_close(moments: Array, kind: int, reverse: float, forward: float, out
     if mean * mean > SHIFTED * spread:
         return False
     # The sums of m_k / k! and of (k - 1) * m_k / k!, from k = 2 on.
-    onward, backward, factorial = 0.0, 0.0, 1.0
+    onward, backward, share = 0.0, 0.0, 1.0 / total
     for k in range(2, sums_of(kind) - 1):
-        factorial *= k
-        term = moments[k] / total / factorial
+        term = moments[k] * share * OVER_FACTORIAL[k]
         onward += term
         backward += (k - 1) * term
     z = mean + onward
-    # z / (1 + z) - log1p(z) and log1p(z) - z, as series.
-    falling, rising, power = 0.0, 0.0, -z
+    # log1p(z) - z, as a series.
+    rising, power = 0.0, -z
     for k in range(2, (CLOSE_TERMS if kind == CLOSE else LOOSE_TERMS) + 2):
         power *= -z
-        falling -= power * ((k - 1) / k)
-        rising -= power / k
-    backward = backward / (1.0 + z) + falling
+        rising -= power * OVER[k]
+    backward = (backward - z * z) / (1.0 + z) - rising
     onward += rising
     found = reverse * backward + forward * onward
     out[0] = found if found > 0.0 else 0.0
@@ -191,7 +196,7 @@ def _measured_as(extremes: Array, width: int) -> tuple[int, float, float]:
     """Of a row whose :data:`EXTREMES` are known: its kind, and what is taken off A and off D."""
     mean = extremes[2] / width
     distance, level = max(extremes[4] - mean, mean - extremes[3]), extremes[0] if extremes[5] > HEAVIEST else 0.0
-    if not distance <= LARGEST:
+    if not distance <= FAR_DELTA:
         return DISTANT, level, extremes[1]
     return NEAR if distance <= NEAR_DELTA else FAR, level, mean
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergepipe.tasks import exponentials, row_sums, rows
+from mergepipe.tasks import exponentials, points, row_sums, rows
 from mergepipe.tasks.kernels import LANES
 from mergepipe.tasks.method import Array
 from mergepipe.tasks.score_lists import pack_rows
@@ -50,18 +50,13 @@ def grow(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r = x - whole * exponentials.LN2_HIGH
     r -= whole.mul_(exponentials.LN2_LOW)
     power = ((shifted.view(torch.int64) + 1023) << 52).view(torch.float64)
-    return power, r, _second(r, exponentials.SECOND)
-
-
-def _second(x: torch.Tensor, terms: tuple[float, ...]) -> torch.Tensor:
-    """A polynomial times the square of x, even and odd powers by themselves."""
-    square = x * x
-    even, odd = (square * terms[at] + terms[at - 2] for at in (len(terms) - 2, len(terms) - 1))
-    for at in range(len(terms) - 6, -1, -2):
-        even = even.mul_(square).add_(terms[at])
-        odd = odd.mul_(square).add_(terms[at + 1])
-    even += odd.mul_(x)
-    return even.mul_(square)
+    square = r * r
+    even, odd = (square * exponentials.SECOND[at] + exponentials.SECOND[at - 2] for at in (8, 9))
+    for at in (4, 2, 0):
+        even = even.mul_(square).add_(exponentials.SECOND[at])
+        odd = odd.mul_(square).add_(exponentials.SECOND[at + 1])
+    even += odd.mul_(r)
+    return power, r, even.mul_(square)
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
@@ -73,13 +68,28 @@ def exp(x: torch.Tensor) -> torch.Tensor:
     return r
 
 
-def small_expm1(x: torch.Tensor) -> torch.Tensor:
+def small_expm1(x: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
     """As :func:`mergepipe.tasks.exponentials.small_expm1`."""
-    y = x * 0.0625
-    h = y + _second(y, exponentials.SMALL)
-    for _ in range(4):
+    terms = exponentials.SMALL
+    even, odd = square * terms[4] + terms[2], square * terms[3] + terms[1]
+    even = even.mul_(square).add_(terms[0])
+    even += odd.mul_(x)
+    h = even.mul_(square).add_(x * 0.03125)
+    for _ in range(5):
         h *= h + 2.0
     return h
+
+
+def raised(x: torch.Tensor) -> torch.Tensor:
+    """As :func:`mergepipe.tasks.exponentials.raised`."""
+    y = x * exponentials.RAISED[-1]
+    for constant in exponentials.RAISED[-2:0:-1]:
+        y += constant
+        y *= x
+    y += exponentials.RAISED[0]
+    for _ in range(7):
+        y *= y
+    return y
 
 
 def measure_rows(a: torch.Tensor, b: torch.Tensor, reverse: float, forward: float) -> tuple[Array, Array]:
@@ -129,7 +139,7 @@ def _chosen(values: torch.Tensor, at: Array) -> torch.Tensor:
 
 def _kinds(distance: Array) -> Array:
     """What rows are measured as, by their largest difference; what is not a number is distant."""
-    most = (row_sums.CLOSE_DELTA, row_sums.LOOSE_DELTA, row_sums.NEAR_DELTA, row_sums.LARGEST)
+    most = (row_sums.CLOSE_DELTA, row_sums.LOOSE_DELTA, row_sums.NEAR_DELTA, row_sums.FAR_DELTA)
     return np.searchsorted(most, distance)
 
 
@@ -157,7 +167,7 @@ def _sums(kind: int, a: torch.Tensor, b: torch.Tensor, reach: Array, level: Arra
         other[:, width:] = 0.0
     else:
         d -= off
-        other = (small_expm1 if kind == row_sums.NEAR else exp)(d)
+        other = small_expm1(d, d * d) if kind == row_sums.NEAR else raised(d)
         other *= weight
     return _stacked([weight, weight * d, other, other * d, d, d * d], width)
 
@@ -263,7 +273,7 @@ def score_points(
 
     difference = b - a
     largest = torch.maximum(a.abs(), difference.abs()).amax(1).to(torch.float32)
-    within = largest <= row_sums.LARGEST
+    within = largest <= points.LARGEST
     scores = torch.empty_like(a)
     for which, measure in ((within, _points), (~within, _huge_points)):
         if bool(which.any()):
