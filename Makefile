@@ -63,7 +63,8 @@ docs: $(READY)  ## what the documentation says about commands, methods and the t
 
 bench: $(READY)  ## the benchmarks in minutes, at sizes that show where time goes; results in build/bench
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m benchmarks.bench_run --json $(RESULTS)/run.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_run --method all --reader direct --repeats 2 --json $(RESULTS)/run.json $(ARGS)
+	$(BIN)/python -m benchmarks.bench_run --repeats 2 --no-rival --json $(RESULTS)/readers.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_shares --json $(RESULTS)/shares.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_kernels --json $(RESULTS)/kernels.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_dask --json $(RESULTS)/dask.json $(ARGS)
@@ -78,9 +79,10 @@ bench: $(READY)  ## the benchmarks in minutes, at sizes that show where time goe
 	$(BIN)/python -m benchmarks.bench_reads --json $(RESULTS)/reads.json $(ARGS)
 	$(BIN)/python -m benchmarks.bench_growth --size 0.1B --size 0.3B --models 2 --models 3 --json $(RESULTS)/growth.json $(ARGS)
 
-bench-full: $(READY)  ## every benchmark at full size, in an hour or two and 40 GB; results in build/bench-full
+bench-full: $(READY)  ## every benchmark at full size, in some hours and 40 GB; results in build/bench-full
 	mkdir -p $(RESULTS)-full
-	for bench in $(filter-out bench_gpu bench_svd,$(basename $(notdir $(wildcard benchmarks/bench_*.py)))); do \
+	$(BIN)/python -m benchmarks.bench_run --method all --json $(RESULTS)-full/run.json $(ARGS)
+	for bench in $(filter-out bench_gpu bench_run bench_svd,$(basename $(notdir $(wildcard benchmarks/bench_*.py)))); do \
 	  echo "== $$bench"; \
 	  $(BIN)/python -m benchmarks.$$bench --json $(RESULTS)-full/$${bench#bench_}.json $(ARGS) || exit 1; \
 	done

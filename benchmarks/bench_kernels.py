@@ -218,8 +218,10 @@ def report_roofed(report: Report, streams: list[Array], density: float, repeats:
             other = Merge(name, streams, density, 0.3)
             other.reduce()
             other.units = merge.units
-            times = nanoseconds(other.apply, size, repeats)
-            report.add(f"{name}: kernel, weights that are no power of two", times, "ns")
+            kernel, roof = in_turn([other.apply, merge.xor], size, repeats)
+            title = f"{name}: kernel, weights that are no power of two"
+            report.add(title, kernel, "ns")
+            report.add(f"{title} / memory roof", [one / best for one, best in zip(kernel, roof, strict=True)], "x")
         report.add(f"{name}: tile by tile", nanoseconds(merge.apply_tiles, size, repeats), "ns")
         if name == "dare_ties":
             report.add(f"{name}: norms around the drop", nanoseconds(merge.reduce, size, repeats), "ns")

@@ -2,8 +2,9 @@
 
 The checkpoints are headers followed by holes: real names, counts and sizes, hardly a byte on disk, and none of it read.
 
-First, how long `build` takes: for 723 tensors cut into about 18,000 chunks, as a 70B model is, and for 45,000 tensors,
-as a large mixture of experts has. These shapes are small, so that the check for free disk space passes anywhere.
+First, how long `build` takes: for 723 tensors cut into more than 18,000 chunks, as a 70B model is, and for 45,000
+tensors, as a large mixture of experts has; a quarter of its layers shows with which power of the number of tensors time
+grows. These shapes are small, so that the check for free disk space passes anywhere.
 
 Then, for every method and the real shapes of Llama 3 70B and Llama 3.1 405B, base and two experts: the memory that is
 needed under a ceiling (where whole matrices do not fit, under the smallest that would do), what is read and written,
@@ -28,6 +29,7 @@ import click
 import yaml
 
 import mergepipe
+from benchmarks.bench_growth import exponent
 from benchmarks.cost import MACHINES, Rates, Work, cpu_seconds, seconds
 from benchmarks.data import LAYOUTS, Layout, header, write_headers_only
 from benchmarks.process import build, ties_recipe
@@ -35,7 +37,9 @@ from benchmarks.recipes import recipe_for
 from benchmarks.report import Report, common_options
 from mergepipe.errors import MemoryBudgetError
 from mergepipe.pipeline.memory import Ceiling
+from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.schedule import ScheduledTensor, disk_bytes_read, held_for_matrices, pool_bytes, schedule
+from mergepipe.pipeline.summary import scheduled
 from mergepipe.tasks.registry import METHODS
 
 TENTH_OF_70B = Layout(2560, 8960, 80, 40_064, 20, 4)
@@ -97,23 +101,37 @@ def experts_layout(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
 
 
 def report_times(report: Report, repeats: int, here: Path, *, quick: bool) -> None:
-    """Time `build` of TIES in processes of its own."""
+    """Time `build` of TIES in processes of its own; the last two plans are of one kind, with more and fewer layers."""
     plans = {
-        "723 tensors": (TENTH_OF_70B.shapes, "800KiB", 15),
-        "45,000 tensors": (experts_layout(94, 158), "8MiB", 30),
+        "723": (TENTH_OF_70B.shapes, "720KiB", 15),
+        "11,000": (experts_layout(23, 158), "8MiB", 8),
+        "45,000": (experts_layout(94, 158), "8MiB", 30),
     }
     if quick:
-        plans = {"341 tensors": (experts_layout(4, 26), "64KiB", 3)}
-    for number, (title, (shapes, chunk_size, shards)) in enumerate(plans.items()):
+        plans = {"86": (experts_layout(1, 26), "64KiB", 1), "341": (experts_layout(4, 26), "64KiB", 3)}
+    sizes, walls = [], []
+    for number, (count, (shapes, chunk_size, shards)) in enumerate(plans.items()):
+        title = f"{count} tensors"
         at = here / f"times-{number}"
         recipe = ties_recipe(write_headers_only(at / "models", shapes, 3, shards))
         used = [build(recipe, at / f"build-{i}", "--chunk-size", chunk_size) for i in range(repeats)]
+        chunks = count_chunks(at / "build-0" / "work" / "plan.json")
         shutil.rmtree(at)
         report.add(f"{title}: tensors", len(shapes), "")
+        report.add(f"{title}: chunks", chunks, "")
         wall = report.add(f"{title}: build", [one.wall_s for one in used], "s")
         report.add(f"{title}: build, CPU", [one.cpu_s for one in used], "s")
         report.add(f"{title}: build, peak resident memory", [one.peak_rss / 2**20 for one in used], "MiB")
         report.add(f"{title}: build per tensor, start-up included", 1e6 * wall / len(shapes), "us")
+        sizes.append(len(shapes))
+        walls.append(wall)
+    fewer, more = list(plans)[-2:]
+    report.add(f"exponent of build over tensors, {fewer} to {more}", exponent(sizes[-2:], walls[-2:]), "")
+
+
+def count_chunks(path: Path) -> int:
+    """Units of the output in a saved plan, as a run with the ceiling of the plan cuts it."""
+    return sum(len(item.units) for item in scheduled(Plan.from_json(path.read_bytes())))
 
 
 # ── what every method needs ──
@@ -158,8 +176,8 @@ def report_methods(
             report.keep(f"{size} {method}: computed for {machine.name}", times.whole, "s")
     click.echo("bytes and times are computed (benchmarks/cost.py), not measured, for")
     for machine in MACHINES:
-        rates = f"{machine.read / 1e9:g} GB/s read, {machine.write / 1e9:g} GB/s written"
-        click.echo(f"  {machine.name}: {rates}, {machine.processors} processors")
+        disk = f"{machine.read / 1e9:g} GB/s read, {machine.write / 1e9:g} GB/s written"
+        click.echo(f"  {machine.name}: {disk}, {machine.processors} processors")
     click.echo("* the smallest ceiling that would do, where that of --memory is too small")
 
 

@@ -1,9 +1,11 @@
-"""Whole merges over a base and experts, cold, against the disk alone and against mergekit.
+"""Whole merges over a base and experts, cold, against the disk alone, torch in memory and mergekit.
 
 The limit is the time to read every input byte and write every output byte past the page cache and compute nothing (or
-through it, where the file system knows no other way). It is measured anew before each merge, since machines
-are noisy: each ratio is of neighbours. mergekit takes part in the methods that it has, where
-``MERGEPIPE_MERGEKIT_PYTHON`` names a Python that has it.
+through it, where the file system knows no other way), with as many reads and writes at once as a run has. It is
+measured anew with each merge, before one and after the next, since machines are noisy and whoever comes second may find
+in a cache of the machine below what the first one has read: each ratio is of neighbours. Before all that every input
+is read once, for the same reason. The rivals take part in the methods that they have: torch, with all models in memory,
+and mergekit, where ``MERGEPIPE_MERGEKIT_PYTHON`` names a Python that has it or ``make test-mergekit`` has set one up.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.data import LAYOUTS, drop_from_cache, size_option, weight_files, write_checkpoints
-from benchmarks.disk import fastest_io
-from benchmarks.process import Usage, build, run, run_mergekit
+from benchmarks.disk import io_alone
+from benchmarks.process import Usage, build, run, run_mergekit, run_torch
 from benchmarks.recipes import recipe_for
 from benchmarks.report import Report, common_options
 
@@ -43,6 +46,16 @@ METHODS = (
 
 OURS_ALONE = (TADROP, "scf_rkl")
 """What mergekit has not."""
+
+BY_HAND = ("linear", "task_arithmetic", "slerp", "ties")
+"""What :mod:`benchmarks.torch_merge` has; it is not imported for that, as it takes torch in."""
+
+MERGEKIT = Path(__file__).parents[1] / ".venv-mergekit" / "bin" / "python"
+"""Where ``make test-mergekit`` puts it."""
+
+
+Rival = Callable[[dict[str, Any], Path], Usage]
+"""Merges by a recipe, into a new folder."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Merge:
     show_default=True,
 )
 @click.option("--repeats", default=3, show_default=True)
-@click.option("--rival/--no-rival", default=True, help="Time mergekit too, if its Python is named.")
+@click.option("--rival/--no-rival", default=True, help="Time torch in memory, and mergekit where it is.")
 @common_options
 def main(
     size: str,
@@ -94,31 +107,50 @@ def main(
     json_path: Path | None,
     folder: Path | None,
 ) -> None:
-    """Time whole merges, cold, against the disk alone and against mergekit."""
+    """Time whole merges, cold, against the disk alone, torch in memory and mergekit."""
     size, repeats = ("1M", 1) if quick else (size, repeats)
     chosen = list(METHODS) if "all" in methods else list(dict.fromkeys(methods))
     settings = {"size": size, "experts": experts, "density": density, "repeats": repeats}
     report = Report("run", {**settings, "parameters": LAYOUTS[size].parameters})
-    python = os.environ.get("MERGEPIPE_MERGEKIT_PYTHON") if rival else None
+    python = mergekit_python() if rival else None
     with tempfile.TemporaryDirectory(dir=folder, prefix="mergepipe-bench-") as name:
         here = Path(name)
         folders = write_checkpoints(here / "models", LAYOUTS[size], experts)
         warm_up(here / "warm-up", chosen, [experts])
+        output = sum(file.stat().st_size for file in weight_files(folders[:1]))
+        io_alone(weight_files(folders), here / "io", output)
         for method in chosen:
             recipe = recipe_of(method, folders, density)
-            output = sum(file.stat().st_size for file in weight_files(folders[:1]))
-            alone: dict[str, list[float]] = {reader: [] for reader in readers}
-            merges: dict[str, list[Merge]] = {reader: [] for reader in readers}
-            for reader in readers * repeats:
-                alone[reader].append(disk_alone(recipe, here / "io", output))
-                merges[reader].append(merge_cold(recipe, here / "ours", reader))
             for reader in readers:
-                report_merges(report, f"{method}, {reader}", recipe, merges[reader], alone[reader], output)
+                merges, alone = measure_in_turn(recipe, here, reader, output, repeats)
+                report_merges(report, f"{method}, {reader}", recipe, merges, alone, output)
+            if rival and method in BY_HAND:
+                report_rival(report, method, "torch", merges[-1], recipe, here, run_torch)
             if python and method not in OURS_ALONE:
-                report_rival(report, method, merge_cold(recipe, here / "ours"), python, recipe, here)
+                theirs = partial(run_mergekit, python)
+                report_rival(report, method, "mergekit", merges[-1], recipe, here, theirs)
     if not python:
         click.echo("mergekit: not timed (MERGEPIPE_MERGEKIT_PYTHON is not set, or --no-rival)")
     report.save(json_path)
+
+
+def mergekit_python() -> str | None:
+    """The Python that has mergekit, if there is one."""
+    return os.environ.get("MERGEPIPE_MERGEKIT_PYTHON") or (str(MERGEKIT) if MERGEKIT.exists() else None)
+
+
+def measure_in_turn(
+    recipe: dict[str, Any], here: Path, reader: str, output: int, repeats: int
+) -> tuple[list[Merge], list[float]]:
+    """Merges, and seconds of the disk alone beside each: before the first, after the second, and so on."""
+    merges, alone = [], []
+    for number in range(repeats):
+        if number % 2:
+            merges.append(merge_cold(recipe, here / "ours", reader))
+        alone.append(io_alone(inputs_of(recipe), here / "io", output))
+        if not number % 2:
+            merges.append(merge_cold(recipe, here / "ours", reader))
+    return merges, alone
 
 
 def recipe_of(method: str, folders: list[Path], density: float) -> dict[str, Any]:
@@ -149,12 +181,6 @@ def warm_up(folder: Path, methods: Sequence[str] = ("ties",), experts: Sequence[
     shutil.rmtree(folder)
 
 
-def disk_alone(recipe: dict[str, Any], file: Path, output: int) -> float:
-    """Seconds to read what a recipe reads and to write `output` bytes, and to do nothing else."""
-    times = fastest_io(inputs_of(recipe), file, output, 1)
-    return times.get("past the page cache", times["through the page cache"])[0]
-
-
 def merge_cold(recipe: dict[str, Any], folder: Path, reader: str = "auto") -> Merge:
     """Build and run with nothing of the inputs in the page cache, and remove what came out."""
     files = inputs_of(recipe)
@@ -180,7 +206,7 @@ def report_merges(
         report.add(f"{title}: {what}", values, unit)
 
     add("inputs read and output written once", [(read + output) / 1e9], "GB")
-    add("I/O alone, past the page cache", alone, "s")
+    add("I/O alone", alone, "s")
     add("build", [merge.build.wall_s for merge in merges], "s")
     add("run", [merge.run.wall_s for merge in merges], "s")
     add("run until it begins to read", [merge.start_s for merge in merges], "s")
@@ -192,17 +218,20 @@ def report_merges(
     add("run / I/O alone", [merge.run.wall_s / io_s for merge, io_s in zip(merges, alone, strict=True)], "x")
 
 
-def report_rival(report: Report, method: str, ours: Merge, python: str, recipe: dict[str, Any], here: Path) -> None:
-    """Time mergekit once on the same recipe, cold, and print the ratios to a merge of ours just before."""
+def report_rival(
+    report: Report, method: str, name: str, ours: Merge, recipe: dict[str, Any], here: Path, rival: Rival
+) -> None:
+    """Time a rival once on the same recipe, cold, and print the ratios to a merge of ours just before."""
     drop_from_cache(inputs_of(recipe))
-    used = run_mergekit(python, recipe, here / "rival")
+    used = rival(recipe, here / "rival")
     shutil.rmtree(here / "rival")
     wall, cpu = ours.build.wall_s + ours.run.wall_s, ours.build.cpu_s + ours.run.cpu_s
-    report.add(f"{method}: mergekit", used.wall_s, "s")
-    report.add(f"{method}: mergekit, CPU", used.cpu_s, "s")
-    report.add(f"{method}: mergekit, peak anonymous memory", used.peak_anonymous / 2**20, "MiB")
-    report.add(f"{method}: mergekit / mergepipe build and run, wall", used.wall_s / wall, "x")
-    report.add(f"{method}: mergekit / mergepipe build and run, CPU", used.cpu_s / cpu, "x")
+    report.add(f"{method}: {name}", used.wall_s, "s")
+    report.add(f"{method}: {name}, CPU", used.cpu_s, "s")
+    report.add(f"{method}: {name}, peak anonymous memory", used.peak_anonymous / 2**20, "MiB")
+    report.add(f"{method}: {name}, peak resident memory", used.peak_rss / 2**20, "MiB")
+    report.add(f"{method}: {name} / mergepipe build and run, wall", used.wall_s / wall, "x")
+    report.add(f"{method}: {name} / mergepipe build and run, CPU", used.cpu_s / cpu, "x")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Two results of one benchmark side by side: each figure before and after, their ratio, and whether it is a difference.
 
 A figure has changed where the two ranges of its repeats do not meet and the medians differ by more than the wider
-range; one that was taken once has no range, and only its ratio is shown.
+range; one that was taken once has no range, and only its ratio is shown. Of two folders, results of the same file name
+are compared, one table after another, and those that only one of them holds are named.
 
     python -m benchmarks.compare OLD.json NEW.json
+    python -m benchmarks.compare OLD NEW
 """
 
 from __future__ import annotations
@@ -76,15 +78,39 @@ def other_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator
 
 
 @click.command()
-@click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("old", type=click.Path(exists=True, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, path_type=Path))
 def main(old: Path, new: Path) -> None:
-    """Compare two results that a benchmark has saved with --json."""
+    """Compare two results that a benchmark has saved with --json, or all results of two folders."""
+    if old.is_dir() != new.is_dir():
+        kinds = ["a folder" if path.is_dir() else "a file" for path in (old, new)]
+        raise click.UsageError(f"OLD is {kinds[0]} and NEW is {kinds[1]}: compare two files or two folders")
+    if old.is_dir():
+        show_folders(old, new)
+    else:
+        show(old, new)
+
+
+def show_folders(old: Path, new: Path) -> None:
+    """Print a table of each result that both folders hold, what only one of them has, and the differences in all."""
+    before, after = ({path.name for path in folder.glob("*.json")} for folder in (old, new))
+    counts = [show(old / name, new / name, titled=True) for name in sorted(before & after)]
+    for where, names in (("old", before - after), ("new", after - before)):
+        if names:
+            click.echo(f"only {where}: {', '.join(sorted(names))}")
+    differing, of = (sum(each) for each in zip((0, 0), *counts, strict=True))
+    click.echo(f"in all, {differing} of {of} figures of {len(counts)} results differ beyond their spread")
+
+
+def show(old: Path, new: Path, *, titled: bool = False) -> tuple[int, int]:
+    """Print two results of one benchmark side by side; how many figures differ beyond their spread, and of how many."""
     one, other = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
     try:
         compared = compare(one, other)
     except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        raise click.UsageError(f"{old} and {new}: {error}") from None
+    if titled:
+        click.echo(f"== {other['benchmark']} ({new.name})")
     for line in other_conditions(one, other):
         click.echo(line)
     width = max((len(item.name) for item in compared), default=0)
@@ -94,7 +120,8 @@ def main(old: Path, new: Path) -> None:
         ratio = "-" if item.ratio is None else f"{item.ratio:.3f}"
         click.echo(f"{item.name:<{width}} {values[0]:>10} {values[1]:>10} {ratio:>8} {item.unit:<5} {item.verdict}")
     count = sum(item.verdict == "differs" for item in compared)
-    click.echo(f"{count} of {len(compared)} figures differ beyond their spread")
+    click.echo(f"{count} of {len(compared)} figures differ beyond their spread" + "\n" * titled)
+    return count, len(compared)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.data import drop_from_cache
+from mergepipe.storage.direct import IO_THREADS
+from mergepipe.storage.outgoing import WRITING_THREADS
 
 PIECE = 8 << 20
 _PAGE = 4096
@@ -78,10 +80,10 @@ def write_alone(output: Path, nbytes: int, source: memoryview, *, direct: bool) 
         os.fsync(target)
 
 
-def io_alone(inputs: Sequence[Path], output: Path, nbytes: int, *, direct: bool, threads: int = 2) -> float:
+def io_alone(inputs: Sequence[Path], output: Path, nbytes: int) -> float:
     """Seconds to read every byte of `inputs`, cold, and to write and sync `nbytes` to `output`, which is removed.
 
-    Reads and writes take turns, as in a merge.
+    Past the page cache where the file system knows how, with as many reads and writes at once as a run has.
 
     Parameters
     ----------
@@ -90,54 +92,40 @@ def io_alone(inputs: Sequence[Path], output: Path, nbytes: int, *, direct: bool,
     output : Path
         A new file; it is allocated before the clock starts, as a merge allocates its output.
     nbytes : int
-    direct : bool
-        Past the page cache (O_DIRECT) or through it.
-    threads : int
-
-    Raises
-    ------
-    OSError
-        If the file system knows no O_DIRECT.
     """
+    # tmpfs and some network file systems refuse O_DIRECT.
+    with suppress(OSError):
+        return _io_alone(inputs, output, nbytes, os.O_DIRECT)
+    return _io_alone(inputs, output, nbytes, 0)
+
+
+def _io_alone(inputs: Sequence[Path], output: Path, nbytes: int, flag: int) -> float:
     drop_from_cache(list(inputs))
-    flag = os.O_DIRECT if direct else 0
     size = -(-nbytes // _PAGE) * _PAGE
     with ExitStack() as stack:
         stack.callback(lambda: output.unlink(missing_ok=True))
         sources = [_open(stack, path, os.O_RDONLY | flag) for path in inputs]
         target = _open(stack, output, os.O_RDWR | os.O_CREAT | os.O_EXCL | flag)
         os.posix_fallocate(target, 0, size)
+        longest = max(os.fstat(fd).st_size for fd in sources)
+        # All inputs side by side, as a merge reads them.
+        reads = [
+            (False, fd, at, PIECE) for at in range(0, longest, PIECE) for fd in sources if at < os.fstat(fd).st_size
+        ]
+        writes = [(True, target, at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
         began = time.perf_counter()
-        _move_all(_jobs(sources, target, size), threads)
+        with ThreadPoolExecutor(1) as beside:
+            written = beside.submit(_move_all, writes, WRITING_THREADS)
+            _move_all(reads, IO_THREADS)
+            written.result()
         os.fdatasync(target)
         return time.perf_counter() - began
-
-
-def fastest_io(inputs: Sequence[Path], output: Path, nbytes: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of `io_alone` through the page cache and, where it works, past it; each `repeats` times."""
-    times = {"through the page cache": [io_alone(inputs, output, nbytes, direct=False) for _ in range(repeats)]}
-    # tmpfs and some network file systems refuse O_DIRECT: then the other figure stands alone.
-    with suppress(OSError):
-        times["past the page cache"] = [io_alone(inputs, output, nbytes, direct=True) for _ in range(repeats)]
-    return times
 
 
 def _open(stack: ExitStack, path: Path, flags: int) -> int:
     descriptor = os.open(path, flags, 0o600)
     stack.callback(os.close, descriptor)
     return descriptor
-
-
-def _jobs(sources: Sequence[int], target: int, size: int) -> list[Job]:
-    """The writes spread evenly among the reads."""
-    reads = []
-    ends = [os.fstat(source).st_size for source in sources]
-    for offset in range(0, max(ends), PIECE):
-        reads += [(False, s, offset, PIECE) for s, end in zip(sources, ends, strict=True) if offset < end]
-    writes = [(True, target, offset, min(PIECE, size - offset)) for offset in range(0, size, PIECE)]
-    places = [(i + 1) * len(reads) / len(writes) for i in range(len(writes))]
-    keyed = [*((float(i), job) for i, job in enumerate(reads)), *zip(places, writes, strict=True)]
-    return [job for _, job in sorted(keyed, key=lambda item: item[0])]
 
 
 def _move_all(jobs: Sequence[Job], threads: int) -> None:

@@ -120,3 +120,14 @@ def run_mergekit(python: str, recipe: dict[str, Any], folder: Path) -> Usage:
     options = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
     environment = {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"}
     return measure([*command, str(folder / "theirs"), *options], watch=True, environment=environment)
+
+
+def run_torch(recipe: dict[str, Any], folder: Path) -> Usage:
+    """The same recipe with :mod:`benchmarks.torch_merge`; the output is ``folder/theirs``, and is not synced.
+
+    The inputs count in `peak_rss` alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "benchmarks.torch_merge", str(folder / "recipe.yaml"), str(folder / "theirs")]
+    return measure(command, watch=True)

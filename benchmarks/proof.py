@@ -7,6 +7,7 @@ prints what that took here.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import re
@@ -19,7 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,30 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.data import Layout, header, shard_name, split, write_small_files
+from benchmarks.bench_plan import work_of
+from benchmarks.cost import Machine, Rates, cpu_seconds, seconds
+from benchmarks.data import Layout, drop_from_cache, header, shard_name, split, write_small_files
+from benchmarks.disk import PIECE as DISK_PIECE
+from benchmarks.disk import read_alone, spent, write_alone
 from benchmarks.process import anonymous_bytes
 from benchmarks.proof_reference import largest_deviation, tensors_of
 from benchmarks.report import Report
+from mergepipe.pipeline.plan import Plan
+from mergepipe.pipeline.summary import scheduled
+from mergepipe.storage.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 4096
 PIECE = 1 << 20
 """Elements generated at a time."""
 
+METHOD = "ties"
 WEIGHTS = (0.75, 0.5)
 SAMPLE_S = 0.02
 LOOK_S = 0.25
 DEVIATION_ALLOWED = 1.001
+READ_TRIED, WRITTEN_TRIED = 4_000_000_000, 2_000_000_000
+"""Bytes to measure a disk with, or a quarter of what a merge reads and writes if that is less."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -60,7 +72,7 @@ def recipe(folders: Sequence[Path]) -> dict[str, Any]:
     base, *experts = folders
     models = [{"model": str(path), "parameters": {"weight": w}} for path, w in zip(experts, WEIGHTS, strict=True)]
     return {
-        "merge_method": "ties",
+        "merge_method": METHOD,
         "base_model": str(base),
         "models": models,
         "sparsify": "tadrop",
@@ -312,6 +324,51 @@ def report_run(report: Report, took: Survived, plan: dict[str, Any]) -> None:
     report.add("most disk that the output took up", took.output_disk / 1e9, "GB")
     if took.peak_anonymous > plan["allowed_bytes"]:
         raise RuntimeError("the run took more memory than its ceiling")
+
+
+def this_machine(plan: dict[str, Any], files: Sequence[Path], folder: Path) -> Machine:
+    """This machine as it is now: it reads some of these files, cold, and writes to `folder`, and is timed.
+
+    Past the page cache, or through it where the file system knows no other way.
+    """
+    ends = accumulate(file.stat().st_size for file in files)
+    count = 1 + sum(end < min(READ_TRIED, plan["input_bytes"] // 4) for end in ends)
+    tried, written = list(files[:count]), min(WRITTEN_TRIED, plan["output_bytes"] // 4)
+    output, source = folder / "written", mmap.mmap(-1, DISK_PIECE)
+    source[:] = os.urandom(DISK_PIECE)
+
+    def write(direct: bool) -> None:
+        output.unlink(missing_ok=True)
+        write_alone(output, written, memoryview(source), direct=direct)
+
+    drop_from_cache(tried)
+    read_s = _past_the_page_cache_s(lambda direct: read_alone(tried, DISK_PIECE, direct=direct, threads=4))
+    write_s = _past_the_page_cache_s(write)
+    output.unlink()
+    read = sum(file.stat().st_size for file in tried)
+    return Machine("this one", read / read_s, written / write_s, len(os.sched_getaffinity(0)))
+
+
+def _past_the_page_cache_s(move: Callable[[bool], None]) -> float:
+    try:
+        return spent(lambda: move(True)).wall_s
+    except OSError:
+        return spent(lambda: move(False)).wall_s
+
+
+def report_time(report: Report, folder: Path, plan: dict[str, Any], machine: Machine) -> None:
+    """Print how long a run of ``folder/work`` takes by the model of cost.
+
+    What kills lose is not in it, nor what is done with files that are handed over.
+    """
+    stages = [scheduled(Plan.from_json(Workspace(folder / "work").read_plan()))]
+    work = replace(work_of(stages), read=plan["read_bytes"])
+    times = seconds(work, cpu_seconds(METHOD, work, Rates.load()), machine)
+    report.add("read rate, measured before the run", machine.read / 1e9, "GB/s")
+    report.add("write rate, measured before the run", machine.write / 1e9, "GB/s")
+    report.add("seconds of the disk, computed", times.disk, "s")
+    report.add("seconds of the processors, computed", times.arithmetic, "s")
+    report.add("seconds, computed (benchmarks/cost.py)", times.whole, "s")
 
 
 def check_room(folder: Path, nbytes: int) -> None:

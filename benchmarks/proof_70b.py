@@ -39,7 +39,9 @@ from benchmarks.proof import (
     proof_options,
     recipe,
     report_run,
+    report_time,
     survive,
+    this_machine,
     write_models,
 )
 from benchmarks.proof_receive import contents, received
@@ -111,8 +113,11 @@ def prove(
         build(recipe(folders), here / "large", "--memory", memory)
         plan, ledger = predicted(here / "large"), here / "ledger"
         ledger.mkdir()
+        machine = this_machine(plan, weight_files(folders), here)
         took = survive(here / "large", kills, seed, quick=quick, ledger=ledger)
         report_run(report, took, plan)
+        report_time(report, here / "large", plan, machine)
+        report.add("seconds, measured with what the kills lost", took.wall_s, "s")
         compare(report, layout, ledger, checksums, here / "large" / "merged")
 
 

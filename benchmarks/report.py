@@ -1,4 +1,4 @@
-"""What every benchmark prints and saves: figures with their units, the versions and the machine."""
+"""What every benchmark prints and saves: figures with their units, the versions, the commit and the machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+_ROOT = Path(__file__).resolve().parents[1]
 _LIBRARIES = ("mergepipe", "numpy", "numba", "dask", "zarr", "torch", "safetensors", "ml_dtypes")
 
 
@@ -83,14 +85,23 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that the figures depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python, of the libraries that the figures depend on, and the commit of this project."""
+    found = {"python": platform.python_version(), "commit": commit()}
     for name in _LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def commit(root: Path = _ROOT) -> str:
+    """What git calls the commit in this folder, "-dirty" if files differ from it; "unknown" where git can't say."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def machine() -> dict[str, Any]:
