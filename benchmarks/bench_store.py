@@ -6,8 +6,8 @@ kernels are `ties` with its exact thresholds, as a merge runs it, and `linear`, 
 nothing can hide and which takes no base. *Warm* has all files in the page cache; *cold* has nothing.
 
 The readers hand the same windows to nobody; their yardsticks read whole files in reused memory: past the page cache in
-pieces of 8 MiB, in as many threads as the reader has and in one, as `dd` does, and through it in pieces of 128 KiB, as
-`cat` does. All cold.
+pieces of 1 MiB in as many threads as the reader has, and of 8 MiB in one, as `dd` does, and through it in pieces of 128
+KiB, as `cat` does. All cold.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zarr.core.buffer import default_buffer_prototype
 
 from benchmarks.bench_kernels import Merge
 from benchmarks.data import LAYOUTS, drop_from_cache, size_option, weight_files, write_checkpoints
-from benchmarks.disk import PIECE, Spent, read_alone, spent
+from benchmarks.disk import CALL, PIECE, Spent, read_alone, spent
 from benchmarks.report import Report, common_options
 from mergepipe.storage.checkpoint import open_checkpoint
 from mergepipe.storage.checksum import crc32c
@@ -171,7 +171,7 @@ def report_readers(report: Report, chunks: Sequence[Chunk], files: list[Path], r
     if direct:
         ways |= {
             "O_DIRECT as dd does": partial(read_alone, files, PIECE, direct=True),
-            f"O_DIRECT, {IO_THREADS} threads": partial(read_alone, files, PIECE, direct=True, threads=IO_THREADS),
+            f"O_DIRECT, {IO_THREADS} threads": partial(read_alone, files, CALL, direct=True, threads=IO_THREADS),
             "direct reader": lambda: hand_out(DirectReader(BUFFERS), chunks),
         }
     else:

@@ -17,6 +17,9 @@ from mergepipe.storage.direct import IO_THREADS
 from mergepipe.storage.outgoing import WRITING_THREADS
 
 PIECE = 8 << 20
+CALL = 1 << 20
+"""Bytes per call that a disk was seen to move fastest into plain memory, of 512 KiB to 8 MiB."""
+
 _PAGE = 4096
 
 Job = tuple[bool, int, int, int]
@@ -109,10 +112,8 @@ def _io_alone(inputs: Sequence[Path], output: Path, nbytes: int, flag: int) -> f
         os.posix_fallocate(target, 0, size)
         longest = max(os.fstat(fd).st_size for fd in sources)
         # All inputs side by side, as a merge reads them.
-        reads = [
-            (False, fd, at, PIECE) for at in range(0, longest, PIECE) for fd in sources if at < os.fstat(fd).st_size
-        ]
-        writes = [(True, target, at, min(PIECE, size - at)) for at in range(0, size, PIECE)]
+        reads = [(False, fd, at, CALL) for at in range(0, longest, CALL) for fd in sources if at < os.fstat(fd).st_size]
+        writes = [(True, target, at, min(CALL, size - at)) for at in range(0, size, CALL)]
         began = time.perf_counter()
         with ThreadPoolExecutor(1) as beside:
             written = beside.submit(_move_all, writes, WRITING_THREADS)
