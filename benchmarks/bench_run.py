@@ -112,7 +112,7 @@ def main(
     chosen = list(METHODS) if "all" in methods else list(dict.fromkeys(methods))
     settings = {"size": size, "experts": experts, "density": density, "repeats": repeats}
     report = Report("run", {**settings, "parameters": LAYOUTS[size].parameters})
-    python = mergekit_python() if rival else None
+    python = mergekit_python() if rival and not quick else None
     with tempfile.TemporaryDirectory(dir=folder, prefix="mergepipe-bench-") as name:
         here = Path(name)
         folders = write_checkpoints(here / "models", LAYOUTS[size], experts)
@@ -130,7 +130,7 @@ def main(
                 theirs = partial(run_mergekit, python)
                 report_rival(report, method, "mergekit", merges[-1], recipe, here, theirs)
     if not python:
-        click.echo("mergekit: not timed (MERGEPIPE_MERGEKIT_PYTHON is not set, or --no-rival)")
+        click.echo("mergekit: not timed (it is not there, or it was not wanted)")
     report.save(json_path)
 
 

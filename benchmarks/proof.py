@@ -33,13 +33,13 @@ import numpy.typing as npt
 from benchmarks.bench_plan import work_of
 from benchmarks.cost import Machine, Rates, cpu_seconds, seconds
 from benchmarks.data import Layout, drop_from_cache, header, shard_name, split, write_small_files
-from benchmarks.disk import PIECE as DISK_PIECE
-from benchmarks.disk import read_alone, spent, write_alone
+from benchmarks.disk import CALL, read_alone, spent, write_alone
 from benchmarks.process import anonymous_bytes
 from benchmarks.proof_reference import largest_deviation, tensors_of
 from benchmarks.report import Report
 from mergepipe.pipeline.plan import Plan
 from mergepipe.pipeline.summary import scheduled
+from mergepipe.storage.direct import IO_THREADS
 from mergepipe.storage.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,15 +334,15 @@ def this_machine(plan: dict[str, Any], files: Sequence[Path], folder: Path) -> M
     ends = accumulate(file.stat().st_size for file in files)
     count = 1 + sum(end < min(READ_TRIED, plan["input_bytes"] // 4) for end in ends)
     tried, written = list(files[:count]), min(WRITTEN_TRIED, plan["output_bytes"] // 4)
-    output, source = folder / "written", mmap.mmap(-1, DISK_PIECE)
-    source[:] = os.urandom(DISK_PIECE)
+    output, source = folder / "written", mmap.mmap(-1, CALL)
+    source[:] = os.urandom(CALL)
 
     def write(direct: bool) -> None:
         output.unlink(missing_ok=True)
         write_alone(output, written, memoryview(source), direct=direct)
 
     drop_from_cache(tried)
-    read_s = _past_the_page_cache_s(lambda direct: read_alone(tried, DISK_PIECE, direct=direct, threads=4))
+    read_s = _past_the_page_cache_s(lambda direct: read_alone(tried, CALL, direct=direct, threads=IO_THREADS))
     write_s = _past_the_page_cache_s(write)
     output.unlink()
     read = sum(file.stat().st_size for file in tried)
